@@ -1,0 +1,275 @@
+"""SQL question answering over small SQLite databases, as InterCode-SQL plays it: one tool, read-only, result rows as text.
+
+The policy's SQL is untrusted. Every statement runs on a connection that is read-only twice over (URI and authorizer), one
+statement at a time, under limits of time, rows, value size and memory. SHOW and DESCRIBE, which the recorded experts used on
+MySQL, are answered from the schema that was read when the database was opened, never by building SQL out of their text.
+"""
+
+import re
+import sqlite3
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pivotrl.config import DomainConfig
+from pivotrl.types import Action, Message, ToolCall
+
+EXECUTE_SQL: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "execute_sql",
+        "description": "Run one read-only SQL statement (SELECT, SHOW TABLES, DESCRIBE table) on the database and see its rows.",
+        "parameters": {
+            "type": "object",
+            "properties": {"query": {"type": "string", "description": "The SQL statement."}},
+            "required": ["query"],
+            "additionalProperties": False,
+        },
+    },
+}
+MAX_OBSERVATION_CHARS = 4000  # the recorded observations are cut at the same length
+
+_ALLOWED = (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION)
+_FORBIDDEN_FUNCTIONS = ("load_extension", "fts3_tokenizer", "random", "randomblob")  # unsafe, or not deterministic
+_HEAP_BYTES = 512 << 20
+_NAME = r"[`\"]?(\w+)[`\"]?"
+_SHOW_TABLES = re.compile(rf"SHOW\s+(?:FULL\s+)?TABLES(?:\s+(?:FROM|IN)\s+{_NAME})?(?:\s+LIKE\s+['\"]([^'\"]*)['\"])?", re.I)
+_COLUMNS = re.compile(
+    rf"(?:DESCRIBE|DESC|EXPLAIN|SHOW\s+(?:FULL\s+)?(?:COLUMNS|FIELDS)\s+(?:FROM|IN))\s+(?:{_NAME}\.)?{_NAME}(?:\s+(?:FROM|IN)\s+{_NAME})?", re.I
+)
+_DATABASES = re.compile(r"SHOW\s+DATABASES", re.I)
+_USE = re.compile(rf"USE\s+{_NAME}", re.I)
+
+
+class QueryFailed(ValueError):
+    """A statement that gave no result. reason: error, forbidden, time_limit, row_limit or memory_limit."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(detail)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Result:
+    """Rows of a statement, the (lower-case) tables that it read, and whether its top level fixes the order of rows."""
+
+    rows: list[tuple]
+    tables: frozenset[str]
+    ordered: bool = False
+
+
+def mismatch(expected: Result, actual: Result) -> str:
+    """"" when `actual` says the same as `expected`, else why not.
+
+    Rows are compared as a multiset, in order if the expected statement orders them; floats to four decimals. Equal rows from
+    unrelated tables do not count, and results that say little (no rows, only zeros and nulls) need exactly the same tables.
+    """
+    wanted, found = _normalised(expected.rows), _normalised(actual.rows)
+    if Counter(wanted) != Counter(found):
+        return f"different rows ({len(found)} instead of {len(wanted)})" if len(wanted) != len(found) else "different rows"
+    if expected.ordered and wanted != found:
+        return "the same rows in another order"
+    says_little = all(value in (None, 0) for row in wanted for value in row)
+    if (says_little and expected.tables != actual.tables) or (expected.tables and not expected.tables & actual.tables):
+        return "the same rows, but read from other tables"
+    return ""
+
+
+def _normalised(rows: list[tuple]) -> list[tuple]:
+    return [tuple(round(value, 4) if isinstance(value, float) else value for value in row) for row in rows]
+
+
+def has_top_level_order(query: str) -> bool:
+    """Whether an ORDER BY stands outside of all parentheses, strings and comments."""
+    bare = re.sub(r"--[^\n]*|/\*.*?\*/|'(?:[^']|'')*'|\"[^\"]*\"|`[^`]*`|\[[^\]]*\]", " x ", query, flags=re.S)
+    while (shorter := re.sub(r"\([^()]*\)", " ", bare)) != bare:
+        bare = shorter
+    return re.search(r"\border\s+by\b", bare, re.I) is not None
+
+
+class Database:
+    """One SQLite file, opened so that no statement can change it or anything else.
+
+    Raises:
+        ValueError: domain.data_path is not set or `name` is no plain name.
+        FileNotFoundError: there is no sqlite/<name>.sqlite in domain.data_path.
+    """
+
+    def __init__(self, domain: DomainConfig, name: str, *, time_limit_s: float):
+        if domain.data_path is None:
+            raise ValueError(f"domain {domain.name!r}: set domain.data_path to the folder that holds sqlite/<database>.sqlite")
+        if not re.fullmatch(r"\w+", name):
+            raise ValueError(f"database {name!r} is no plain name of letters, digits and underscores")
+        path = Path(domain.data_path) / "sqlite" / f"{name}.sqlite"
+        if not path.is_file():
+            raise FileNotFoundError(f"domain {domain.name!r}: {path} does not exist; pivotrl/sources/intercode_sql.py says how to get it")
+        self.name = name
+        self._time_limit_s, self._max_rows = time_limit_s, domain.max_result_rows
+        self._deadline = 0.0
+        self._tables: set[str] = set()
+        self._forbidden = ""
+        # Without a statement cache every run asks the authorizer, which is how the tables of a query become known.
+        uri = f"{path.resolve().as_uri()}?mode=ro&immutable=1"
+        self._connection = sqlite3.connect(uri, uri=True, cached_statements=0, isolation_level=None)
+        self._connection.text_factory = lambda data: data.decode("utf-8", "replace")
+        self.schema = self._read_schema()
+        self._lock()
+
+    def _read_schema(self) -> dict[str, list[tuple]]:
+        """{table: the rows of MySQL's DESCRIBE}."""
+        schema = {}
+        names = self._connection.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%' ORDER BY name")
+        for (table,) in names.fetchall():
+            columns = self._connection.execute('SELECT name, type, "notnull", dflt_value, pk FROM pragma_table_info(?)', (table,))
+            foreign = {row[0] for row in self._connection.execute('SELECT "from" FROM pragma_foreign_key_list(?)', (table,))}
+            schema[table] = [
+                (
+                    column,
+                    kind.lower().encode(),
+                    "NO" if not_null or key else "YES",
+                    "PRI" if key else "MUL" if column in foreign else "",
+                    None if default in (None, "NULL") else default.strip("'\"").encode(),
+                    "",
+                )
+                for column, kind, not_null, default, key in columns
+            ]
+        return schema
+
+    def _lock(self) -> None:
+        self._connection.execute(f"PRAGMA hard_heap_limit = {_HEAP_BYTES}")
+        # Single operations (LIKE, printf, replace) run between two looks at the clock: their operands must stay small.
+        for limit, value in ((sqlite3.SQLITE_LIMIT_LENGTH, 1 << 20), (sqlite3.SQLITE_LIMIT_SQL_LENGTH, 20_000), (sqlite3.SQLITE_LIMIT_LIKE_PATTERN_LENGTH, 100)):
+            self._connection.setlimit(limit, value)
+        self._connection.setlimit(sqlite3.SQLITE_LIMIT_ATTACHED, 0)
+        self._connection.set_authorizer(self._authorize)
+        self._connection.set_progress_handler(lambda: int(time.monotonic() > self._deadline), 1000)
+
+    def _authorize(self, action: int, first: str | None, second: str | None, *_: object) -> int:
+        if action == sqlite3.SQLITE_READ and first:
+            self._tables.add(first.lower())
+        if action in _ALLOWED and not (action == sqlite3.SQLITE_FUNCTION and (second or "").lower() in _FORBIDDEN_FUNCTIONS):
+            return sqlite3.SQLITE_OK
+        self._forbidden = self._forbidden or f"statement not allowed here: only SELECT, SHOW and DESCRIBE are ({first or second or action})"
+        return sqlite3.SQLITE_DENY
+
+    def run(self, query: str) -> Result:
+        """Carry out one statement.
+
+        Raises:
+            QueryFailed: it is wrong, forbidden, too slow, too large, or more than one.
+        """
+        looked_up = self._look_up(" ".join(query.replace(";", " ; ").split()).rstrip("; "))
+        if looked_up is not None:
+            return looked_up
+        self._tables, self._forbidden = set(), ""
+        self._deadline = time.monotonic() + self._time_limit_s
+        try:
+            cursor = self._connection.execute(query)
+            rows = cursor.fetchmany(self._max_rows + 1)
+            cursor.close()
+        except (sqlite3.Error, MemoryError, UnicodeError) as error:
+            raise self._failure(error) from error
+        if cursor.description is None:
+            raise QueryFailed("error", "the statement is empty")
+        if len(rows) > self._max_rows:
+            raise QueryFailed("row_limit", f"more than {self._max_rows} rows; narrow the query")
+        return Result(rows, frozenset(self._tables), has_top_level_order(query))
+
+    def _failure(self, error: Exception) -> QueryFailed:
+        text = str(error)
+        if self._forbidden:
+            return QueryFailed("forbidden", self._forbidden)
+        if text == "interrupted":
+            return QueryFailed("time_limit", f"stopped after {self._time_limit_s:g} s")
+        if isinstance(error, MemoryError):
+            return QueryFailed("memory_limit", "out of memory")
+        # The wording of MySQL, which is what the recorded experts saw.
+        text = re.sub(r"^no such table: (?:main\.)?(.+)$", rf"Table '{self.name}.\1' doesn't exist", text)
+        text = re.sub(r"^no such column: (.+)$", r"Unknown column '\1' in 'field list'", text)
+        return QueryFailed("error", text)
+
+    def _look_up(self, statement: str) -> Result | None:
+        if match := _SHOW_TABLES.fullmatch(statement):
+            self._require_own(match[1])
+            pattern = re.escape(match[2] or "%").replace("%", ".*").replace("_", ".")
+            return Result([(t,) for t in self.schema if re.fullmatch(pattern, t, re.I)], frozenset({"sqlite_master"}))
+        if match := _COLUMNS.fullmatch(statement):
+            self._require_own(match[1])
+            self._require_own(match[3])
+            for table, rows in self.schema.items():
+                if table.lower() == match[2].lower():
+                    return Result(rows, frozenset({table.lower()}))
+            raise QueryFailed("error", f"Table '{self.name}.{match[2]}' doesn't exist")
+        if _DATABASES.fullmatch(statement):
+            return Result([(self.name,)], frozenset({"information_schema"}))
+        if match := _USE.fullmatch(statement):
+            self._require_own(match[1])
+            return Result([], frozenset())
+        return None
+
+    def _require_own(self, database: str | None) -> None:
+        if database and database.lower() != self.name.lower():
+            raise QueryFailed("forbidden", f"Unknown database '{database}'")
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+class SqlEnvironment:
+    """One question. The episode ends when a result equals the gold result, as in InterCode, where the reward is visible.
+
+    `state`: "db", "gold_sql", "question", and optionally "system", the text of a system message.
+
+    Raises:
+        ValueError: a key of `state` is missing, or the gold query does not run.
+    """
+
+    def __init__(self, domain: DomainConfig, state: dict[str, Any]):
+        if missing := {"db", "gold_sql", "question"} - state.keys():
+            raise ValueError(f"domain {domain.name!r}: the task's state lacks {', '.join(sorted(missing))}")
+        self._state = state
+        self._database = Database(domain, state["db"], time_limit_s=domain.verifier_timeout_s / 2)
+        try:
+            self._gold = self._database.run(state["gold_sql"])
+        except QueryFailed as error:
+            raise ValueError(f"the gold query of {state['db']} does not run: {error}: {state['gold_sql']}") from error
+        self._last: Result | None = None
+
+    def reset(self) -> tuple[Message, ...]:
+        """The question, after the system message if there is one."""
+        self._last = None
+        system = (Message(role="system", content=self._state["system"]),) if self._state.get("system") else ()
+        return (*system, Message(role="user", content=self._state["question"]))
+
+    def step(self, action: Action) -> tuple[tuple[Message, ...], bool]:
+        """Run the action's calls in order; done when the last result is the gold result."""
+        if action.malformed or not action.tool_calls:
+            fault = action.malformed or "no tool was called"
+            return (Message(role="user", content=f"Error: {fault}. Call execute_sql with one SQL statement."),), False
+        answers = tuple(Message(role="tool", content=self._execute(call), tool_call_id=call.id) for call in action.tool_calls)
+        return answers, self.reward() == 1.0
+
+    def _execute(self, call: ToolCall) -> str:
+        self._last = None
+        if fault := call_fault(call):
+            return f"Error: {fault}"
+        try:
+            self._last = self._database.run(call.arguments["query"])
+        except QueryFailed as error:
+            return f"Error executing query: {error}"
+        return str(self._last.rows)[:MAX_OBSERVATION_CHARS]
+
+    def reward(self) -> float:
+        """1.0 when the last statement's rows are those of the gold query (its order counts if it has one)."""
+        return float(self._last is not None and not mismatch(self._gold, self._last))
+
+
+def call_fault(call: ToolCall) -> str:
+    """"" for a well-formed call of execute_sql, else what is wrong with it."""
+    if call.name != "execute_sql":
+        return f"unknown tool {call.name!r}; the only tool is execute_sql"
+    if call.arguments.keys() != {"query"} or not isinstance(call.arguments["query"], str):
+        return "execute_sql takes exactly one argument: query, a string"
+    return ""

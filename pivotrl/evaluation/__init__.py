@@ -1,0 +1,1 @@
+"""Held-out measurements: benchmark episodes, pivot accuracy, and skills that training never touches."""

@@ -1,0 +1,1 @@
+"""The only importer of megatron. Import `pivotrl.megatron.device` first: it makes Megatron-Core run without a GPU."""

@@ -1,0 +1,82 @@
+"""Process groups and the layout. A recipe runs the same alone (`python recipes/...`) and under torchrun."""
+
+import os
+import socket
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pivotrl.config import ParallelConfig
+from pivotrl.megatron import device
+
+device.install()
+
+
+def start(config: ParallelConfig, seed: int) -> None:
+    """Join the process group that torchrun describes (or make one of this process alone) and lay out Megatron.
+
+    Raises:
+        ValueError: the layout does not fit the number of processes; names the sizes and the fix.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    if not dist.is_initialized():
+        if "RANK" not in os.environ:
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                port = probe.getsockname()[1]
+            os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        else:
+            torch.set_num_threads(1)  # more threads than cores spin against each other and stop all progress
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    check_layout(config, dist.get_world_size())
+    parallel_state.initialize_model_parallel(
+        config.tensor,
+        config.pipeline,
+        config.virtual_pipeline,
+        context_parallel_size=config.context,
+        expert_model_parallel_size=config.expert,
+        expert_tensor_parallel_size=config.expert_tensor,
+    )
+    model_parallel_cuda_manual_seed(seed + 1)
+
+
+def check_layout(config: ParallelConfig, world_size: int) -> None:
+    """Raises ValueError with the fix when `world_size` processes cannot carry the layout."""
+    dense = config.tensor * config.pipeline * config.context
+    expert = config.expert * config.expert_tensor * config.pipeline
+    for name, size in (("tensor x pipeline x context", dense), ("expert x expert_tensor x pipeline", expert)):
+        if world_size % size:
+            raise ValueError(
+                f"parallel: {name} = {size} does not divide the {world_size} processes started; "
+                f"start a multiple of {size} (torchrun --nproc-per-node) or change parallel.*"
+            )
+
+
+def stop() -> None:
+    """Leave the process groups; safe to call twice."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank()
+
+
+def is_main() -> bool:
+    """Whether this process is the one that samples, verifies, logs and writes."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def broadcast(value: Any) -> Any:
+    """The main process's `value` on every process (a picklable object; None elsewhere)."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

@@ -1,0 +1,113 @@
+"""Core attention over token trees: a token sees its own segment causally and every ancestor segment whole.
+
+A packed row is a list of segments (start, end, parent). Separate sequences are segments without a parent; a group of
+actions that shares a history is one segment with G children. No T x T mask is ever built: a root segment is one causal
+call, and children are handled in blocks of at most BLOCK query tokens against ancestors + block.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.utils import divide
+from torch import Tensor
+
+BLOCK = 512
+
+
+class Call(NamedTuple):
+    """One attention call: query rows [start, stop), key ranges, and a boolean mask [q, k] (None: plain causal)."""
+
+    start: int
+    stop: int
+    keys: tuple[tuple[int, int], ...]
+    mask: Tensor | None
+
+
+@functools.lru_cache(maxsize=64)
+def plan_calls(segments: tuple[tuple[int, int, int], ...]) -> tuple[Call, ...]:
+    """Cut a row's segments into attention calls.
+
+    Args:
+        segments: (start, end, parent index or -1), in row order, parents before their children.
+    """
+    calls: list[Call] = []
+    pending: list[int] = []  # neighbouring children of one parent, to be handled in one call
+
+    def flush() -> None:
+        if pending:
+            calls.append(_children_call(segments, pending))
+            pending.clear()
+
+    for index, (start, end, parent) in enumerate(segments):
+        if parent < 0:
+            flush()
+            calls.append(Call(start, end, ((start, end),), None))
+            continue
+        if pending:
+            first, last = segments[pending[0]], segments[pending[-1]]
+            if first[2] != parent or last[1] != start or end - first[0] > BLOCK:
+                flush()
+        pending.append(index)
+    flush()
+    return tuple(calls)
+
+
+def _children_call(segments: tuple[tuple[int, int, int], ...], children: list[int]) -> Call:
+    start, stop, parent = segments[children[0]][0], segments[children[-1]][1], segments[children[0]][2]
+    ancestors: list[tuple[int, int]] = []
+    while parent >= 0:
+        low, high, parent = segments[parent]
+        ancestors.insert(0, (low, high))
+    seen = sum(high - low for low, high in ancestors)
+    owner = torch.cat([torch.full((segments[c][1] - segments[c][0],), c) for c in children])
+    index = torch.arange(stop - start)
+    own = (owner[:, None] == owner[None]) & (index[:, None] >= index[None])
+    mask = torch.cat([torch.ones(stop - start, seen, dtype=torch.bool), own], dim=1)
+    return Call(start, stop, (*ancestors, (start, stop)), mask)
+
+
+class TreeAttention(MegatronModule):
+    """Drop-in core attention for Megatron's layer specs.
+
+    The row's segments travel in the place of the attention mask: an int tensor [N, 3] on the CPU, which Megatron hands
+    through pipelines and recomputation unchanged.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        layer_number: int,
+        attn_mask_type: Any = None,
+        attention_type: str = "self",
+        *,
+        softmax_scale: float | None = None,
+        pg_collection: Any = None,
+        **_: Any,
+    ):
+        super().__init__(config=config)
+        self.num_heads = divide(config.num_attention_heads, pg_collection.tp.size())
+        self.num_groups = divide(config.num_query_groups, pg_collection.tp.size())
+        self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, *_: Any, **__: Any) -> Tensor:
+        """query [T, 1, heads, D], key and value [T, 1, groups, D] -> [T, 1, heads * D]."""
+        segments = tuple(tuple(row) for row in attention_mask.tolist())
+        # [T, 1, heads, D] -> [1, heads, T, D]; grouped heads are repeated so that the flash kernel is taken
+        q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+        if self.num_groups != self.num_heads:
+            k, v = (x.repeat_interleave(self.num_heads // self.num_groups, dim=1) for x in (k, v))
+        outputs = []
+        for call in plan_calls(segments):
+            keys = torch.cat([k[:, :, a:b] for a, b in call.keys], dim=2) if len(call.keys) > 1 else k[:, :, slice(*call.keys[0])]
+            values = torch.cat([v[:, :, a:b] for a, b in call.keys], dim=2) if len(call.keys) > 1 else v[:, :, slice(*call.keys[0])]
+            mask = None if call.mask is None else call.mask.to(query.device)
+            outputs.append(
+                F.scaled_dot_product_attention(
+                    q[:, :, call.start : call.stop], keys, values, attn_mask=mask, is_causal=mask is None, scale=self.scale
+                )
+            )
+        return torch.cat(outputs, dim=2).permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)

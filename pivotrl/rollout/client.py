@@ -1,0 +1,263 @@
+"""Samples actions from the rollout service: token ids in, token ids and rollout logprobs out."""
+
+import asyncio
+import concurrent.futures
+import hashlib
+import threading
+import time
+import zlib
+from collections.abc import Coroutine, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import msgspec
+
+from pivotrl.rollout.service import RolloutService, error_message, parse_version
+from pivotrl.types import Completion, Record
+
+MAX_ATTEMPTS = 5
+# vLLM closes idle connections after 5 s; leaving first avoids writing into a closing one
+KEEPALIVE_S = 3.0
+NO_LOGPROB = -9999.0
+
+
+class SampleRequest(Record):
+    """`n` actions from one history. `routing_key` (the trajectory id) picks the server, so that prefixes are cached there.
+
+    Equal requests give equal actions on equal weights; different seeds share nothing. Generation ends with a token of
+    `stop_token_ids` or the model's end-of-sequence token, which is part of the completion, or after `max_tokens`.
+    """
+
+    prompt: tuple[int, ...]
+    n: int
+    seed: int
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    stop_token_ids: tuple[int, ...] = ()
+    routing_key: str = ""
+
+
+@dataclass
+class RolloutMetrics:
+    """Counters since the client was made. `busy_s`: seconds with at least one request in flight."""
+
+    requests: int = 0
+    completions: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    retries: int = 0
+    restarts: int = 0
+    busy_s: float = 0.0
+
+
+class _Logprob(msgspec.Struct):
+    logprob: float
+
+
+class _Logprobs(msgspec.Struct):
+    content: list[_Logprob]
+
+
+class _Span(msgspec.Struct):
+    version: str
+
+
+class _Choice(msgspec.Struct):
+    index: int
+    finish_reason: str
+    token_ids: list[int]
+    logprobs: _Logprobs
+    weight_versions: list[_Span] | None = None
+
+
+class _Generated(msgspec.Struct):
+    choices: list[_Choice]
+
+
+class _Scored(msgspec.Struct):
+    prompt_logprobs: list[dict[str, _Logprob] | None]
+
+
+class RolloutClient:
+    """Keeps up to config.max_inflight requests in flight over all servers; survives servers that die.
+
+    Requests run on a thread of the client's own, so results keep arriving while the caller works on earlier ones.
+    """
+
+    def __init__(self, service: RolloutService):
+        self.service, self.config = service, service.config
+        self._metrics = RolloutMetrics()
+        self._in_flight, self._busy_since = 0, 0.0
+        self._alive_at = 0.0
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="rollout-client", daemon=True)
+        self._thread.start()
+        self._run(self._open()).result()
+
+    def __enter__(self) -> "RolloutClient":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Drop the connections and the thread; a second call does nothing."""
+        if self._thread.is_alive():
+            self._run(self._drop()).result()
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+
+    @property
+    def metrics(self) -> RolloutMetrics:
+        """A snapshot of the counters."""
+        busy_s = self._metrics.busy_s + (time.monotonic() - self._busy_since if self._in_flight else 0.0)
+        return RolloutMetrics(**vars(self._metrics) | {"busy_s": busy_s, "restarts": self.service.num_restarts})
+
+    def sample(self, requests: Sequence[SampleRequest]) -> list[list[Completion]]:
+        """`n` completions for each request, in order; errors as in `as_completed`."""
+        completions: dict[int, list[Completion]] = dict(self.as_completed(requests))
+        return [completions[i] for i in range(len(requests))]
+
+    def as_completed(self, requests: Sequence[SampleRequest]) -> Iterator[tuple[int, list[Completion]]]:
+        """Yield (index of the request, its completions) as they finish. Leaving the iterator early cancels the rest.
+
+        Raises:
+            ValueError: a prompt is longer than config.max_prompt_tokens or max_tokens than config.max_new_tokens; nothing was sent.
+            RuntimeError: a server refused a request (its message is shown), or the service could not be kept alive.
+        """
+        for i, request in enumerate(requests):
+            self._check_lengths(i, request)
+        self.service.wait_ready()
+        return self._gather(self._sample(request) for request in requests)
+
+    def score(self, token_rows: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Engine logprobs of given tokens at temperature 1: entry t of a row is log p(row[t + 1] | row[: t + 1]).
+
+        The servers take turns, so that as many rows as servers reach all of them.
+        """
+        self.service.wait_ready()
+        scores = dict(self._gather(self._score(i, list(row)) for i, row in enumerate(token_rows)))
+        return [scores[i] for i in range(len(token_rows))]
+
+    def reset_prefix_cache(self) -> None:
+        """Forget cached prefixes on every server; RuntimeError while requests are in flight."""
+        self.service.reset_prefix_cache()
+
+    def _check_lengths(self, index: int, request: SampleRequest) -> None:
+        if len(request.prompt) > self.config.max_prompt_tokens:
+            raise ValueError(
+                f"request {index} ({request.routing_key!r}) has {len(request.prompt)} prompt tokens, rollout.max_prompt_tokens is "
+                f"{self.config.max_prompt_tokens}: exclude and count over-long prompts before sampling"
+            )
+        if request.max_tokens > self.config.max_new_tokens:
+            raise ValueError(f"request {index} has max_tokens {request.max_tokens}, rollout.max_new_tokens is {self.config.max_new_tokens}")
+
+    def _run(self, work: Coroutine) -> concurrent.futures.Future:
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def _gather(self, works: Iterable[Coroutine]) -> Iterator[tuple[int, Any]]:
+        futures = {self._run(work): i for i, work in enumerate(works)}
+        try:
+            for future in concurrent.futures.as_completed(list(futures)):
+                yield futures.pop(future), future.result()
+        finally:
+            for future in futures:
+                future.cancel()
+
+    async def _open(self) -> None:
+        limits = httpx.Limits(max_connections=self.config.max_inflight, keepalive_expiry=KEEPALIVE_S)
+        self._http = httpx.AsyncClient(limits=limits, timeout=self.config.request_timeout_s, trust_env=False)
+        self._slots = asyncio.Semaphore(self.config.max_inflight)
+        self._repair = asyncio.Lock()
+
+    async def _drop(self) -> None:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._http.aclose()
+
+    async def _sample(self, request: SampleRequest) -> list[Completion]:
+        body = {
+            "token_ids": request.prompt,
+            "sampling_params": {
+                "n": request.n,
+                # vLLM seeds sample i with seed + i: scrambled, or neighbouring seeds would share samples
+                "seed": int.from_bytes(hashlib.blake2b(str(request.seed).encode(), digest_size=8).digest()) >> 1,
+                "temperature": request.temperature,
+                "top_p": request.top_p,
+                "max_tokens": request.max_tokens,
+                "stop_token_ids": request.stop_token_ids,
+                "logprobs": 0,
+                "detokenize": False,
+            },
+        }
+        generated = await self._post(zlib.crc32(request.routing_key.encode()), body, _Generated)
+        completions = [_completion(choice) for choice in sorted(generated.choices, key=lambda choice: choice.index)]
+        if len(completions) != request.n:
+            raise RuntimeError(f"the rollout server returned {len(completions)} completions for n={request.n}")
+        self._metrics.requests += 1
+        self._metrics.completions += len(completions)
+        self._metrics.prompt_tokens += len(request.prompt)
+        self._metrics.completion_tokens += sum(len(completion.token_ids) for completion in completions)
+        return completions
+
+    async def _score(self, index: int, row: list[int]) -> list[float]:
+        body = {"token_ids": row, "sampling_params": {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0, "detokenize": False}}
+        scored = await self._post(index, body, _Scored)
+        return [entry[str(token)].logprob for token, entry in zip(row[1:], scored.prompt_logprobs[1:], strict=True)]
+
+    async def _post[T](self, route: int, body: dict[str, Any], answer: type[T]) -> T:
+        """One request until it is answered: the only place that tries again."""
+        content = msgspec.json.encode(body)
+        async with self._slots:
+            self._count_in_flight(1)
+            try:
+                for attempt in range(1, MAX_ATTEMPTS + 1):
+                    urls = self.service.urls
+                    url = f"{urls[route % len(urls)]}/inference/v1/generate"
+                    sent_at = time.monotonic()
+                    try:
+                        response = await self._http.post(url, content=content, headers={"content-type": "application/json"})
+                        if response.is_client_error:
+                            raise RuntimeError(f"{url} refused a request, status {response.status_code}: {error_message(response)}")
+                        if response.is_success and b'"finish_reason":"abort"' not in response.content:
+                            return msgspec.json.decode(response.content, type=answer)
+                        problem = f"status {response.status_code}: {error_message(response)}"
+                    except httpx.TransportError as error:
+                        problem = f"{type(error).__name__} {error}"
+                    self._metrics.retries += 1
+                    await self._ensure_alive(sent_at, pause_s=0.2 * attempt)
+                raise RuntimeError(f"{url}: no answer in {MAX_ATTEMPTS} attempts, although the server is alive; last: {problem}")
+            finally:
+                self._count_in_flight(-1)
+
+    async def _ensure_alive(self, failed_at: float, *, pause_s: float) -> None:
+        """One look at the service serves all requests that failed before it."""
+        await asyncio.sleep(pause_s)  # a dying engine still answers for a moment
+        async with self._repair:
+            if self._alive_at <= failed_at:
+                await asyncio.to_thread(self.service.ensure_alive)
+                self._alive_at = time.monotonic()
+
+    def _count_in_flight(self, change: int) -> None:
+        now = time.monotonic()
+        if self._in_flight:
+            self._metrics.busy_s += now - self._busy_since
+        self._in_flight += change
+        self._busy_since = now
+
+
+def _completion(choice: _Choice) -> Completion:
+    logprobs = tuple(entry.logprob for entry in choice.logprobs.content)
+    if len(logprobs) != len(choice.token_ids) or NO_LOGPROB in logprobs:
+        raise RuntimeError(f"the rollout server returned {len(choice.token_ids)} tokens with logprobs {logprobs}")
+    return Completion(
+        token_ids=tuple(choice.token_ids),
+        logprobs=logprobs,
+        finish_reason=choice.finish_reason,
+        policy_version=min((parse_version(span.version) for span in choice.weight_versions or ()), default=0),
+    )

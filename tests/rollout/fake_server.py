@@ -1,0 +1,144 @@
+"""Stand-ins for the rollout tests: a server that speaks the few vLLM routes we use (run as a script), a service that starts
+it instead of vLLM, and a tiny Qwen3-MoE model folder for the tests that start the real one."""
+
+import argparse
+import json
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+from pivotrl.rollout.service import RolloutService
+
+
+class FakeVllm(BaseHTTPRequestHandler):
+    """Tokens follow from prompt and seed. A prompt holding 400 or 500 gets that status; 99 kills the process once, midway."""
+
+    protocol_version = "HTTP/1.1"
+    lock, in_flight, max_in_flight, version, die_marker = threading.Lock(), 0, 0, "default", Path()
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        replies = {"/health": {}, "/weight_info": {"weight_version": FakeVllm.version}, "/seen": {"max_in_flight": FakeVllm.max_in_flight}}
+        self.reply(200, replies[self.path])
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers.get("content-length", 0))) or b"{}")
+        if self.path != "/inference/v1/generate":
+            FakeVllm.version = body.get("weight_version", FakeVllm.version)
+            return self.reply(200, {"success": True})
+        with self.lock:
+            FakeVllm.in_flight += 1
+            FakeVllm.max_in_flight = max(FakeVllm.in_flight, FakeVllm.max_in_flight)
+        time.sleep(0.05)
+        with self.lock:
+            FakeVllm.in_flight -= 1
+        for status in {400, 500} & set(body["token_ids"]):
+            return self.reply(status, {"error": {"message": f"prompt of {len(body['token_ids'])} tokens not served"}})
+        if 99 in body["token_ids"] and not FakeVllm.die_marker.exists():
+            FakeVllm.die_marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        params = body["sampling_params"]
+        choices = []
+        for i in range(params["n"]):
+            tokens = random.Random(f"{params['seed'] + i} {body['token_ids']}").choices(range(1000), k=params["max_tokens"])
+            content = [{"token_id": token, "logprob": -1.0} for token in tokens]
+            span = {"version": FakeVllm.version, "start": 0, "end": len(tokens)}
+            choices.append({"index": i, "finish_reason": "length", "token_ids": tokens, "logprobs": {"content": content},
+                            "weight_versions": [span]})
+        self.reply(200, {"choices": choices})
+
+    def reply(self, status, payload):
+        content = json.dumps(payload, separators=(",", ":")).encode()
+        self.send_response(status)
+        self.send_header("content-length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+
+class FakeService(RolloutService):
+    """The real service around the fake server."""
+
+    extra: tuple[str, ...] = ()
+
+    def command(self, server_index: int, port: int) -> list[str]:
+        marker = str(self.log_dir / f"died_{server_index}")
+        return [sys.executable, __file__, "--port", str(port), "--die-marker", marker, *self.extra]
+
+
+def write_config(folder: Path) -> Path:
+    """The least that the service wants to see of a model."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({"max_position_embeddings": 512}))
+    return folder
+
+
+def write_tiny_model(folder: Path, seed: int):
+    """Save a random Qwen3-MoE (2 layers, 4 experts, 260 tokens) with a byte-level tokenizer; returns the transformers model."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(seed)
+    model = Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            vocab_size=260, hidden_size=64, intermediate_size=64, moe_intermediate_size=32, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts=4, num_experts_per_tok=2,
+            norm_topk_prob=True, max_position_embeddings=512, initializer_range=0.1, tie_word_embeddings=False, eos_token_id=257,
+        )
+    ).float().eval()
+    model.save_pretrained(folder)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    specials = ["<pad>", "<eos>", "<a>", "<b>"]
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet + specials)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>").save_pretrained(folder)
+    return model
+
+
+def hf_weights(model) -> list:
+    """(name, tensor) as in the model's checkpoint: transformers keeps the experts of a layer fused in memory."""
+    weights = []
+    for name, tensor in model.state_dict().items():
+        prefix, _, kind = name.rpartition(".experts.")
+        if kind == "gate_up_proj":
+            for e, fused in enumerate(tensor):
+                gate, up = fused.chunk(2)
+                weights += [(f"{prefix}.experts.{e}.gate_proj.weight", gate), (f"{prefix}.experts.{e}.up_proj.weight", up)]
+        elif kind == "down_proj":
+            weights += [(f"{prefix}.experts.{e}.down_proj.weight", down) for e, down in enumerate(tensor)]
+        else:
+            weights.append((name, tensor))
+    return weights
+
+
+def token_logprobs(model, row) -> list[float]:
+    """log p(row[t + 1] | row[: t + 1]) of a transformers model."""
+    import torch
+
+    row = torch.tensor(row)
+    with torch.no_grad():
+        logprobs = model(row[None]).logits[0, :-1].log_softmax(-1)
+    return logprobs.gather(1, row[1:, None])[:, 0].tolist()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--port", type=int)
+    parser.add_argument("--die-marker", type=Path)
+    parser.add_argument("--fail-once", type=Path, help="unless this file exists, make it and end as if the port were taken")
+    parser.add_argument("--fail", help="end at once with this message")
+    arguments = parser.parse_args()
+    if arguments.fail:
+        sys.exit(arguments.fail)
+    if arguments.fail_once and not arguments.fail_once.exists():
+        arguments.fail_once.touch()
+        sys.exit("OSError: [Errno 98] Address already in use")
+    FakeVllm.die_marker = arguments.die_marker
+    ThreadingHTTPServer(("127.0.0.1", arguments.port), FakeVllm).serve_forever()
