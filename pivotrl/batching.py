@@ -79,7 +79,7 @@ class _Forest:
         return node, length
 
     def add(self, token_ids: Sequence[int]) -> None:
-        nodes, offset = self.roots, 0
+        nodes, offset, parent = self.roots, 0, None
         while self.share:
             node, length = self._best(nodes, token_ids, offset)
             if node is None or length == 0:
@@ -90,10 +90,13 @@ class _Forest:
                 if length < MIN_SHARED:
                     break
                 self._split(node, length)
-            nodes, offset = node.children, offset + length
+            nodes, offset, parent = node.children, offset + length, node
         rest = list(token_ids[offset:])
-        nodes.append(_Node(rest, offset))
         self.num_tokens += len(rest)
+        if parent is not None and not parent.children:
+            parent.token_ids += rest  # a sequence that only grows (the turns of one trajectory) stays one segment
+        else:
+            nodes.append(_Node(rest, offset))
 
     @staticmethod
     def _split(node: _Node, length: int) -> None:

@@ -42,8 +42,10 @@ def grpo_loss(logprobs_S: Tensor, fields: dict[str, Tensor], algorithm: Algorith
     metrics = {
         "clip_fraction": (weights * (ratio * advantages > clipped * advantages)).sum(),
         "importance_mean": (weights * importance).sum(),
-        "entropy_estimate": -(weights * logprobs_S.detach()).sum(),
-        "weight_sum": weights.sum(),
+        "entropy": -(weights * logprobs_S.detach()).sum(),  # of sampled tokens: an unbiased estimate on policy
+        "weight": weights.sum(),
+        "logprob_gap": (weights * (old - rollout).abs()).sum(),
+        "logprob_gap_max": (old - rollout).abs().max() if len(old) else old.sum(),
     }
     if algorithm.kl_beta > 0:
         log_ratio = fields["ref_logprobs"] - logprobs_S

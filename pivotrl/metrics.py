@@ -9,14 +9,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import psutil
 
 from pivotrl.config import LoggingConfig
 from pivotrl.records import write_bytes
 
-T = TypeVar("T")
 PROGRESS_EVERY_S = 10.0
 
 
@@ -76,7 +75,7 @@ def read(folder: Path, stage: str) -> list[dict[str, Any]]:
     return [row for row in _rows(folder / "metrics.jsonl") if row["stage"] == stage]
 
 
-def progress(iterable: Iterable[T], total: int | None = None, desc: str = "") -> Iterator[T]:
+def progress[T](iterable: Iterable[T], total: int | None = None, desc: str = "") -> Iterator[T]:
     """Yield from `iterable`, showing how far it is and when it will end: a bar on a terminal, else a line every ten seconds."""
     from tqdm import tqdm
 

@@ -114,7 +114,7 @@ class Renderer:
                 return Action(reasoning=reasoning, malformed="unclosed <think>")
         content, _, calls = body.partition(CALL)
         try:
-            if control := self._control.search(text):
+            if control := self._control.search(content):
                 raise ValueError(f"control token {control[0]} inside a completion")
             if stray := STRAY_MARKUP.search(content):
                 raise ValueError(f"stray {stray[0]}")
@@ -213,7 +213,7 @@ def _read_call(value: Any) -> ToolCall:
     if unknown := value.keys() - {"name", "arguments"}:
         raise ValueError(f"unknown keys in a tool call: {', '.join(sorted(unknown))}")
     if _nesting(arguments) > MAX_NESTING:
-        raise ValueError(f"arguments are nested more than {MAX_NESTING} levels deep")
+        raise ValueError(f"arguments are nested over {MAX_NESTING} levels deep")
     msgspec.json.encode(value)  # raises ValueError on lone surrogates, which no record could hold
     return ToolCall(name=name, arguments=arguments)
 

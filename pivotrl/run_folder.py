@@ -126,7 +126,7 @@ class RunFolder:
         if changes and on_change == OnChange.refuse:
             raise ValueError(
                 f"{self.path}: stage {name!r} has {before['status']} output made from something else:\n  " + "\n  ".join(changes) + "\n"
-                f"on_change=restart deletes that output, on_change=accept keeps it, another run_name starts beside it"
+                "on_change=restart deletes that output, on_change=accept keeps it, another run_name starts beside it"
             )
         restart = bool(changes) and on_change == OnChange.restart
         if before and not restart and before["status"] == "done" and all(path.exists() for path in outputs):

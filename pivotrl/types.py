@@ -127,6 +127,16 @@ class LocalRollout(Record):
     num_calls: int = 0
 
 
+class Group(Record):
+    """The G local rollouts of one pivot in one step, with the prompt tokens they continue."""
+
+    candidate_id: str
+    trajectory_id: str
+    expert_calls: int
+    prompt: tuple[int, ...]
+    rollouts: tuple[LocalRollout, ...]
+
+
 class Sample(Record):
     """One profiled action as a person wants to read it."""
 

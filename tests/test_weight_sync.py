@@ -10,52 +10,24 @@ import torch
 from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parent / "rollout"))
-from fake_server import hf_weights, token_logprobs, write_tiny_model  # noqa: E402
+from fake_server import hf_weights, real_service, token_logprobs, write_tiny_model  # noqa: E402
 
-from pivotrl.config import RolloutConfig  # noqa: E402
 from pivotrl.rollout import WeightFile, tensor_checksum  # noqa: E402
 from pivotrl.rollout.client import RolloutClient, SampleRequest  # noqa: E402
-from pivotrl.rollout.service import RolloutService  # noqa: E402
 from pivotrl.weight_sync import check_logprobs, push  # noqa: E402
 
 ROWS = [[(7 * i + 3 * j * j) % 256 for j in range(40 + i)] for i in range(6)]
 
 
-class ServiceWithSwitch(RolloutService):
-    """The real service, whose workers can also be told to go without the prepack repair."""
-
-    worker_extension = "weight_sync_switch.SwitchExtension"
-
-
-SWITCH = """
-from pivotrl.rollout.receiver import UnquantizedFusedMoEMethod as Method, WorkerExtension
-
-class SwitchExtension(WorkerExtension):
-    def use_repair(self, repaired):
-        if not repaired:
-            type(self).repaired, Method._setup_kernel = Method._setup_kernel, Method._setup_kernel.__wrapped__
-        else:
-            Method._setup_kernel = type(self).repaired
-        return {}
-"""
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    return folder / "0", [write_tiny_model(folder / str(seed), seed) for seed in range(3)]
+    return [write_tiny_model(folder / str(seed), seed) for seed in range(3)]
 
 
 @pytest.fixture(scope="module")
-def service(models, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("rollout")
-    (folder / "weight_sync_switch.py").write_text(SWITCH)
-    config = RolloutConfig(max_prompt_tokens=200, max_new_tokens=300, kv_cache_gib=0.1, max_sequences=64, max_restarts=1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(folder))
-        with ServiceWithSwitch(config, models[0], folder / "logs", seed=0) as service:
-            service.wait_ready()
-            yield service
+def service(tmp_path_factory):
+    return real_service(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
@@ -75,23 +47,23 @@ def use_repair(service, repaired):
 
 
 def test_engine_follows_the_pushed_weights(service, client, models):
-    _, (first, second, _) = models
+    first, second, _ = models
+    push(hf_weights(first), service, version=1)
     expect_policy(client, first)
-    assert service.reported_versions() == [0]
     with pytest.raises(RuntimeError, match="Probable causes: the engine serves older or other weights"):
         expect_policy(client, second)
     weights = hf_weights(second)
-    report = push(weights, service, version=1)
+    report = push(weights, service, version=2)
     expect_policy(client, second)
-    assert report.verified and report.version == 1 and service.reported_versions() == [1]
+    assert report.verified and report.version == 2 and service.reported_versions() == [2]
     assert report.num_tensors == len(weights) and report.num_bytes == sum(t.nbytes for _, t in weights)
-    again = push(weights, service, version=2)
-    changed = push([(n, t + 1e-3 if n == "model.norm.weight" else t) for n, t in weights], service, version=3)
+    again = push(weights, service, version=3)
+    changed = push([(n, t + 1e-3 if n == "model.norm.weight" else t) for n, t in weights], service, version=4)
     assert again.checksum == report.checksum != changed.checksum
 
 
 def test_without_the_repair_the_check_catches_the_corruption(service, client, models):
-    _, (_, _, third) = models
+    _, _, third = models
     use_repair(service, False)
     try:
         push(hf_weights(third), service, version=4)
@@ -112,7 +84,7 @@ def test_without_the_repair_the_check_catches_the_corruption(service, client, mo
     ],
 )
 def test_incomplete_weights_are_refused_and_the_old_ones_stay(service, client, models, change, message):
-    _, (first, second, _) = models
+    first, second, _ = models
     push(hf_weights(second), service, version=6)
     with pytest.raises(RuntimeError, match=message):
         push(change(hf_weights(first)), service, version=7)
@@ -121,7 +93,7 @@ def test_incomplete_weights_are_refused_and_the_old_ones_stay(service, client, m
 
 
 def test_corrupted_file_is_refused_with_the_tensors_name(service, client, models):
-    _, (first, second, _) = models
+    first, second, _ = models
     push(hf_weights(second), service, version=8)
     tensors = {name: tensor.clone() for name, tensor in hf_weights(first)}
     name = "model.layers.1.mlp.experts.2.down_proj.weight"
@@ -132,11 +104,11 @@ def test_corrupted_file_is_refused_with_the_tensors_name(service, client, models
     with pytest.raises(RuntimeError, match=f"checksum of {name}"):
         service.load_weights(WeightFile(path, 9, checksums))
     expect_policy(client, second)
-    path.unlink()
+    assert not path.exists()
 
 
 def test_names_that_come_twice_are_an_error(service, models):
-    weights = hf_weights(models[1][0])
+    weights = hf_weights(models[0])
     with pytest.raises(ValueError, match="came twice"):
         push([*weights, weights[0]], service, version=10)
 
@@ -147,16 +119,15 @@ def test_ranks_without_a_service_only_read():
     assert read == ["a", "b"]
 
 
-def test_only_the_newest_file_is_kept_and_swept_after_a_crash(service, models, tmp_path):
-    push(hf_weights(models[1][0]), service, version=11)
-    push(hf_weights(models[1][1]), service, version=12)
-    folder = service.weights_path(12).parent
-    assert sorted(path.name for path in folder.iterdir()) == ["lock", "version_12.safetensors"]
-    assert len(load_file(folder / "version_12.safetensors")) == len(hf_weights(models[1][1]))
+def test_only_the_newest_file_is_kept(service, models):
+    for version in (11, 12):
+        push(hf_weights(models[version % 2]), service, version=version)
+    (path,) = service.weights_path(12).parent.glob("*.safetensors")
+    assert path.name.startswith("version_12_") and len(load_file(path)) == len(hf_weights(models[0]))
 
 
 def test_killed_server_comes_back_with_the_newest_weights(service, client, models):
-    _, (_, _, third) = models
+    _, _, third = models
     push(hf_weights(third), service, version=13)
     requests = [SampleRequest(prompt=tuple(row), n=4, seed=i, max_tokens=250) for i, row in enumerate(ROWS)]
     requests[0] = SampleRequest(prompt=tuple(ROWS[0]), n=1, seed=0, max_tokens=1)

@@ -58,7 +58,9 @@ class TelecomEnvironment:
             message_history=initial.message_history or [],
         )
         ticket = Message(role="user", content=self._task.ticket)
-        return (Message(role="system", content=self._world.get_policy()), ticket) if self._system_prompt else (ticket,)
+        if not self._system_prompt:
+            return (ticket,)
+        return (Message(role="system", content=f"{ONLY_CALLS}\n\n{self._world.get_policy()}"), ticket)
 
     def step(self, action: Action) -> tuple[tuple[Message, ...], bool]:
         """Run the calls in order; an ending call gets no answer, and calls behind it are not run."""
@@ -82,7 +84,10 @@ class TelecomEnvironment:
         fault = _call_fault(call)
         if fault:
             return f"Error: {fault}", True
-        tau2_call = Tau2Call(id=call.id, name=call.name, arguments=call.arguments, requestor="assistant")
+        fields = _tools()[call.name].params.model_fields
+        # JSON has one kind of number, but tau2 writes "2 GB" or "2.0 GB" on the bill: make 2 and 2.0 the same call.
+        arguments = {key: float(value) if fields[key].annotation is float else value for key, value in call.arguments.items()}
+        tau2_call = Tau2Call(id=call.id, name=call.name, arguments=arguments, requestor="assistant")
         self._calls.append(tau2_call)
         if call.name == DONE:
             return "", False

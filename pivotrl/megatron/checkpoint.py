@@ -1,4 +1,4 @@
-"""Sharded checkpoints of model, optimizer and random state through megatron.core.dist_checkpointing.
+"""Sharded checkpoints of model and optimizer through megatron.core.dist_checkpointing.
 
 A checkpoint is written under a temporary name, then renamed, then `latest` is replaced: a kill at any moment leaves the
 previous one usable. Tensors are stored by global index, so another layout can load them.
@@ -28,7 +28,7 @@ from pivotrl.megatron.model import unwrap  # noqa: E402
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "singleton_local_shards": False, "chained_optim_avoid_prefix": True}
 
 
-def save(policy: Policy, folder: Path, step: int, *, keep_last: int = 2) -> Path:
+def save(policy: Policy, folder: Path, step: int, *, version: int = 0, keep_last: int = 2) -> Path:
     """Write `folder`/step_N and point `latest` at it; older ones beyond `keep_last` are removed. Every process calls it."""
     target = folder / f"step_{step:06d}"
     partial = target.with_name(target.name + ".tmp")
@@ -39,7 +39,7 @@ def save(policy: Policy, folder: Path, step: int, *, keep_last: int = 2) -> Path
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
-    dist_checkpointing.save(_state(policy, step, loading=False), str(partial), content_metadata=_METADATA, async_strategy="mcore")
+    dist_checkpointing.save(_state(policy, step, version, loading=False), str(partial), content_metadata=_METADATA, async_strategy="mcore")
     dist.barrier()
     if parallel.is_main():
         shutil.rmtree(target, ignore_errors=True)
@@ -57,8 +57,8 @@ def latest(folder: Path) -> Path | None:
     return folder / pointer.read_text() if pointer.exists() else None
 
 
-def load(policy: Policy, checkpoint: Path) -> int:
-    """Load model, optimizer and random state; returns the checkpoint's step.
+def load(policy: Policy, checkpoint: Path) -> tuple[int, int]:
+    """Load the model, and the optimizer where the policy has one; returns (steps done, policy version).
 
     Raises:
         FileNotFoundError: no such checkpoint.
@@ -66,18 +66,18 @@ def load(policy: Policy, checkpoint: Path) -> int:
     if not checkpoint.is_dir():
         raise FileNotFoundError(f"no checkpoint at {checkpoint}")
     logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.ERROR)
-    state = dist_checkpointing.load(_state(policy, 0, loading=True), str(checkpoint))
+    state = dist_checkpointing.load(_state(policy, 0, 0, loading=True), str(checkpoint))
     for index, chunk in enumerate(policy.chunks):
         unwrap(chunk).load_state_dict(state[f"model{index}"])
     if policy.optimizer is not None:
         policy.optimizer.load_state_dict(_fit_optimizers(state["optimizer"], policy.optimizer))
-    return int(state["step"])
+    return int(state["step"]), int(state["version"])
 
 
-def _state(policy: Policy, step: int, *, loading: bool) -> dict[str, Any]:
+def _state(policy: Policy, step: int, version: int, *, loading: bool) -> dict[str, Any]:
     metadata = {**_METADATA, "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     models = {f"model{i}": unwrap(chunk).sharded_state_dict(metadata=metadata) for i, chunk in enumerate(policy.chunks)}
-    state: dict[str, Any] = {**models, "step": step}
+    state: dict[str, Any] = {**models, "step": step, "version": version}
     if policy.optimizer is not None:
         own = models["model0"] if len(models) == 1 else models
         state["optimizer"] = policy.optimizer.sharded_state_dict(own, is_loading=loading, metadata=metadata)

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import sys
 import types
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -57,6 +58,8 @@ def install() -> bool:
     if _installed or torch.cuda.is_available():
         return False
     _installed = True
+    # Megatron warns at every import that neither Transformer Engine nor Apex is there; the run says so once, itself.
+    warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*", module="megatron")
     # Freeze torch's own list of factories before replacing them, or `with torch.device("meta")` stops working silently.
     torch.utils._device._device_constructors()
     for name in _FACTORIES:

@@ -124,7 +124,7 @@ class Policy:
         """One optimizer update on the sum of `loss` over all rows.
 
         Returns:
-            Sums of the loss function's metrics, grad_norm, learning_rate, forward_backward_s and optimizer_s.
+            Sums of the loss function's metrics (maxima of those named *_max), grad_norm, learning_rate, forward_backward_s and optimizer_s.
         """
         began = time.perf_counter()
         for chunk in self.chunks:
@@ -141,7 +141,8 @@ class Policy:
         metrics: dict[str, float] = {}
         for result in results:
             for name, value in result["metrics"].items():
-                metrics[name] = metrics.get(name, 0.0) + value
+                before = metrics.get(name, 0.0)
+                metrics[name] = max(before, value) if name.endswith("_max") else before + value
         timing = {"forward_backward_s": middle - began, "optimizer_s": time.perf_counter() - middle}
         return {**metrics, "grad_norm": float(grad_norm), "learning_rate": lr, **timing}
 

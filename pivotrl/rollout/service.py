@@ -72,10 +72,12 @@ class RolloutService:
         self.max_model_tokens = 0 if config.urls else self._max_model_tokens()
         self._weights: WeightFile | None = None
         self._weights_dir: Path | None = None
+        self._num_files = 0
         self._weights_lock: IO[str] | None = None
         self._servers = [Server(url=url.rstrip("/")) for url in config.urls]
         self._lock = threading.RLock()
-        self._http = httpx.Client(trust_env=False)  # a cluster's proxy has no way to our servers
+        # no proxies: they have no way to our servers; no kept connections: vLLM resets them after an error
+        self._http = httpx.Client(trust_env=False, limits=httpx.Limits(max_keepalive_connections=0))
 
     @property
     def urls(self) -> list[str]:
@@ -160,7 +162,8 @@ class RolloutService:
             Path(shared).mkdir(parents=True, exist_ok=True)
             self._weights_dir, self._weights_lock = _lock_new_folder(Path(shared))
             atexit.register(self.close)
-        return self._weights_dir / f"version_{version}.safetensors"
+        self._num_files += 1  # also a version that is pushed again gets a file of its own
+        return self._weights_dir / f"version_{version}_{self._num_files}.safetensors"
 
     def load_weights(self, file: WeightFile) -> None:
         """Load `file` into every server and forget cached prefixes. The file then belongs to the service, which needs it for
@@ -170,11 +173,15 @@ class RolloutService:
             RuntimeError: a server refused it; its message says why.
         """
         with self._lock:
-            self.wait_ready()
-            with ThreadPoolExecutor(len(self._servers)) as pool:
-                list(pool.map(lambda server: self._send_weights(server, file), self._servers))
+            self.ensure_alive()
+            try:
+                with ThreadPoolExecutor(len(self._servers)) as pool:
+                    list(pool.map(lambda server: self._send_weights(server, file), self._servers))
+            except (RuntimeError, httpx.TransportError):
+                file.path.unlink(missing_ok=True)
+                raise
             previous, self._weights = self._weights, file
-            if previous and previous.path != file.path:
+            if previous:
                 previous.path.unlink(missing_ok=True)
 
     def reported_versions(self) -> list[int]:
@@ -204,6 +211,7 @@ class RolloutService:
                 shutil.rmtree(self._weights_dir, ignore_errors=True)
                 self._weights_lock.close()
             self._servers, self._weights, self._weights_dir = [], None, None
+            self._http.close()
 
     def command(self, server_index: int, port: int) -> list[str]:
         """The command line of one server."""
@@ -366,7 +374,10 @@ def _free_port() -> int:
 
 
 def _tail(path: Path, num_lines: int = 30) -> str:
-    return "\n".join(path.read_text(errors="replace").rpartition("--- starting on port")[2].splitlines()[-num_lines:])
+    """The end of a server's log since its last start, headed by the engine's own error, which other messages bury."""
+    lines = path.read_text(errors="replace").rpartition("--- starting on port")[2].splitlines()
+    causes = [line for line in lines[:-num_lines] if "(EngineCore" in line and "Error: " in line]
+    return "\n".join(causes[-1:] + lines[-num_lines:])
 
 
 def _on_cuda() -> bool:

@@ -77,7 +77,7 @@ class InterCodeSqlSource:
             return fault.reject(key)
         failures, solved = self._replay(row, messages)
         if not solved:
-            return Reject(where=key, reason="not_reproduced", detail=f"the last result differs from the gold result in SQLite: {row['gold_sql']}")
+            return Reject(where=key, reason="not_reproduced", detail=f"the last result is not the gold result here: {row['gold_sql']}")
         state = {"db": row["db"], "gold_sql": row["gold_sql"], "question": next((m.content for m in messages if m.role == "user"), "")}
         if messages[0].role == "system":
             state["system"] = messages[0].content
@@ -146,3 +146,54 @@ def _upstream_rows(files: list[Path]) -> Iterator[tuple[str, dict[str, Any] | Re
                 yield where, identity | {"messages": messages}
             except (KeyError, IndexError, TypeError, ValueError) as error:
                 yield where, Reject(where=where, reason="missing_fields", detail=repr(error))
+
+
+def convert_dump(dump: Path, folder: Path) -> list[Path]:
+    """Turn InterCode's MySQL dump of the Spider databases into one <database>.sqlite each; returns the files, sorted.
+
+    Raises:
+        ValueError: a statement that SQLite does not take; names the database and the statement.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    connection, paths, statement, name = None, {}, "", ""
+    for line in dump.read_text(encoding="utf-8").splitlines():
+        statement += line + "\n"
+        if not line.endswith(";"):
+            statement = "" if line.startswith("--") else statement
+            continue
+        done, statement = statement.strip(), ""
+        if done.startswith("USE "):
+            if connection is not None:
+                connection.commit()
+                connection.close()
+            name = done[4:].strip(" `;")
+            paths[name] = folder / f"{name}.sqlite"
+            paths[name].unlink(missing_ok=True)
+            connection = sqlite3.connect(paths[name])
+        elif connection is not None and done.startswith(("CREATE TABLE", "INSERT INTO")):
+            try:
+                connection.execute(_sqlite_statement(done))
+            except sqlite3.Error as error:
+                raise ValueError(f"{dump}, database {name}: {error} in {done[:200]}") from error
+    if connection is not None:
+        connection.commit()
+        connection.close()
+    return sorted(paths.values())
+
+
+def _sqlite_statement(statement: str) -> str:
+    """A CREATE TABLE or INSERT of mysqldump in SQLite's dialect."""
+    if statement.startswith("INSERT"):
+        escapes = {"n": "\n", "r": "\r", "t": "\t", "'": "''", "0": ""}
+        return re.sub(r"\\(.)", lambda match: escapes.get(match[1], match[1]), statement, flags=re.S)
+    lines = [line.strip().rstrip(",") for line in statement.splitlines()[1:-1]]
+    lines = [re.sub(r"^UNIQUE KEY `[^`]*`", "UNIQUE", line) for line in lines if not line.startswith(("KEY ", "FULLTEXT KEY "))]
+    noise = r"(?<=`)\(\d+\)| AUTO_INCREMENT| CHARACTER SET \w+| COLLATE \w+| unsigned| ON UPDATE CURRENT_TIMESTAMP| COMMENT '[^']*'"
+    return statement.splitlines()[0] + ",\n".join(re.sub(noise, "", line) for line in lines) + ")"
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("usage: python -m pivotrl.sources.intercode_sql DUMP.sql FOLDER")
+    for written in convert_dump(Path(sys.argv[1]), Path(sys.argv[2])):
+        print(written)

@@ -1,11 +1,13 @@
 """Verification in worker processes that may crash, hang or die without taking the run or the other samples with them."""
 
 import multiprocessing
+import threading
 import traceback
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
-from pebble import ProcessExpired, ProcessPool
+from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
 from pivotrl.config import DomainConfig
 from pivotrl.types import Action, Candidate, Verdict
@@ -45,13 +47,16 @@ class VerifierPool:
         if self._workers < 0 or self._timeout_s <= 0:
             raise ValueError(f"verifier workers {self._workers} must be >= 0 and timeout_s {self._timeout_s} > 0")
         self._local = build(name, domain)  # also with workers: a wrong name or data path must fail here, not in each of them
-        self._processes: ProcessPool | None = None
-        if self._workers:
-            context = multiprocessing.get_context("spawn")
-            self._processes = ProcessPool(
-                max_workers=self._workers, context=context, initializer=_start_worker, initargs=(build, name, domain)
-            )
+        self._recipe = (build, name, domain)
+        self._processes = self._start_processes() if self._workers else None
+        self._tasks: set[ProcessFuture] = set()
+        self._stopped = False
+        self._lock = threading.Lock()  # held while a task is handed out and while the pool is stopped
         self._threads = ThreadPoolExecutor(max_workers=max(1, self._workers), thread_name_prefix="verifier")
+
+    def _start_processes(self) -> ProcessPool:
+        context = multiprocessing.get_context("spawn")
+        return ProcessPool(max_workers=self._workers, context=context, initializer=_start_worker, initargs=self._recipe)
 
     def submit(self, candidate: Candidate, actions: Sequence[Action]) -> Future[list[Verdict]]:
         """`verify` in the background; with workers=0 the future is done when this returns."""
@@ -74,24 +79,42 @@ class VerifierPool:
         """The verdicts, or the one verdict that says how the call failed as a whole."""
         if self._processes is None:
             return _call(self._local, candidate, actions)
-        task = self._processes.schedule(_call_in_worker, args=(candidate, actions), timeout=self._timeout_s)
         try:
-            return task.result()
+            return self._schedule(candidate, actions).result()
         except TimeoutError:
             return Verdict(reward=0.0, reason=f"no verdict within {self._timeout_s:g} s", status="timeout")
         except ProcessExpired as death:
             return Verdict(reward=0.0, reason=f"the verifier's process ended with exit code {death.exitcode}", status="error")
+        except BrokenProcessPool as death:
+            return Verdict(reward=0.0, reason=f"the verifier's processes ended: {death}", status="error")
+
+    def _schedule(self, candidate: Candidate, actions: tuple[Action, ...]) -> ProcessFuture:
+        with self._lock:
+            if self._stopped:
+                raise CancelledError
+            if not self._processes.active:  # pebble gives up for good when a worker dies between tasks
+                self._processes.stop()
+                self._processes.join()
+                self._processes = self._start_processes()
+            task = self._processes.schedule(_call_in_worker, args=(candidate, actions), timeout=self._timeout_s)
+            self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
     def __enter__(self) -> "VerifierPool":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         """Finish what was submitted; after an exception, stop at once and cancel it."""
-        if kind is not None and self._processes is not None:
-            self._processes.stop()
+        if kind is not None:
+            with self._lock:
+                self._stopped = True
+                tasks = list(self._tasks)
+            for task in tasks:
+                task.cancel()
         self._threads.shutdown(cancel_futures=kind is not None)
         if self._processes is not None:
-            self._processes.close()
+            self._processes.stop()
             self._processes.join()
 
 

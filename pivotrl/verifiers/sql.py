@@ -48,7 +48,7 @@ class SqlVerifier:
 
 
 def _fault(database: Database, call: ToolCall, *, wanted: Result | None, sampled: ToolCall) -> str:
-    """"" when the sampled call does what the expert's call does."""
+    """Why the sampled call does not do what the expert's call does; empty when it does."""
     if wanted is None:  # not a query, for example a final submission: compared as it stands
         return "" if (sampled.name, sampled.arguments) == (call.name, call.arguments) else f"not the expert's call of {call.name}"
     if fault := call_fault(sampled):

@@ -2,6 +2,7 @@
 
 Acceptable are: what leads to the same state as the expert's repair; a repair that the expert makes later and that can
 as well be made now; a look-up that reveals what the expert's look-up reveals; `done` when the task is solved.
+Not noticed: what tau2's tools allow and only its policy document forbids (resuming a line before its bill is paid).
 """
 
 import json
@@ -17,7 +18,7 @@ from pivotrl.types import Action, Candidate, ToolCall, Verdict
 from pivotrl.verifiers.strict import same_json
 
 MAX_ARGUMENT_CHARS = 2000  # room for any honest summary, none for padding
-MAX_CACHED_WORLDS = 64  # about 300 kB each
+MAX_CACHED_WORLDS = 64  # about 70 kB each
 
 
 class StateEqualityVerifier:

@@ -12,6 +12,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from pivotrl.config import RolloutConfig
 from pivotrl.rollout.service import RolloutService
 
 
@@ -72,6 +73,45 @@ class FakeService(RolloutService):
         return [sys.executable, __file__, "--port", str(port), "--die-marker", marker, *self.extra]
 
 
+class ServiceWithSwitch(RolloutService):
+    """The real service, whose workers can also be told to go without the prepack repair."""
+
+    worker_extension = "switch_extension.SwitchExtension"
+
+    def environment(self, server_index: int) -> dict[str, str]:
+        environment = super().environment(server_index)
+        return environment | {"PYTHONPATH": f"{environment['PYTHONPATH']}{os.pathsep}{self.model_path.parent}"}
+
+
+SWITCH_EXTENSION = '''
+from pivotrl.rollout.receiver import UnquantizedFusedMoEMethod as Method, WorkerExtension
+
+class SwitchExtension(WorkerExtension):
+    def use_repair(self, repaired):
+        if not repaired:
+            type(self).repaired, Method._setup_kernel = Method._setup_kernel, Method._setup_kernel.__wrapped__
+        else:
+            Method._setup_kernel = type(self).repaired
+        return {}
+'''
+_started: list[RolloutService] = []
+
+
+def real_service(tmp_path_factory) -> RolloutService:
+    """One real vLLM server for the whole test session, serving a tiny model; it stops when Python does."""
+    if not _started:
+        folder = tmp_path_factory.mktemp("rollout")
+        write_tiny_model(folder / "model", 0)
+        (folder / "switch_extension.py").write_text(SWITCH_EXTENSION)
+        config = RolloutConfig(max_prompt_tokens=200, max_new_tokens=300, kv_cache_gib=0.1, max_sequences=64, max_restarts=1)
+        service = ServiceWithSwitch(config, folder / "model", folder / "logs", seed=0)
+        service.start()
+        service.wait_ready()
+        assert service.reported_versions() == [0]
+        _started.append(service)
+    return _started[0]
+
+
 def write_config(folder: Path) -> Path:
     """The least that the service wants to see of a model."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -89,7 +129,7 @@ def write_tiny_model(folder: Path, seed: int):
     model = Qwen3MoeForCausalLM(
         Qwen3MoeConfig(
             vocab_size=260, hidden_size=64, intermediate_size=64, moe_intermediate_size=32, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts=4, num_experts_per_tok=2,
+            num_attention_heads=4, num_key_value_heads=2, head_dim=32, num_experts=4, num_experts_per_tok=2,
             norm_topk_prob=True, max_position_embeddings=512, initializer_range=0.1, tie_word_embeddings=False, eos_token_id=257,
         )
     ).float().eval()
@@ -141,4 +181,5 @@ if __name__ == "__main__":
         arguments.fail_once.touch()
         sys.exit("OSError: [Errno 98] Address already in use")
     FakeVllm.die_marker = arguments.die_marker
+    ThreadingHTTPServer.request_queue_size = 128
     ThreadingHTTPServer(("127.0.0.1", arguments.port), FakeVllm).serve_forever()

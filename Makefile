@@ -1,0 +1,34 @@
+# make quickstart: the whole loop on this machine. make test: every test. Both make .venv first.
+PYTHON := .venv/bin/python
+RUN := $(PYTHON) recipes/run_pipeline.py
+UV := .tools/bin/uv
+# One thread per process: with more, processes that share the cores spin against each other.
+export OMP_NUM_THREADS := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: quickstart test lint setup constraints clean
+
+setup: .venv/.installed
+
+.venv/.installed: constraints.txt pyproject.toml
+	test -x $(UV) || (python3 -m venv .tools && .tools/bin/pip install --quiet uv)
+	test -x $(PYTHON) || $(UV) venv --quiet --python 3.12 .venv
+	$(UV) pip sync --quiet --python $(PYTHON) constraints.txt
+	$(UV) pip install --quiet --python $(PYTHON) --no-deps --editable .
+	touch $@
+
+quickstart: setup
+	$(RUN) experiment=quickstart
+
+test: setup
+	$(PYTHON) -m pytest
+
+lint: setup
+	.venv/bin/ruff check . && .venv/bin/ruff format --check .
+
+# Resolve the environment anew after a change in pyproject.toml.
+constraints:
+	$(UV) pip compile --quiet pyproject.toml --extra cpu --extra dev --python-version 3.12 --no-header --no-annotate -o constraints.txt
+
+clean:
+	rm -rf runs

@@ -1,0 +1,43 @@
+"""What a step's rollouts and losses say, as the numbers that metrics.jsonl keeps."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from pivotrl.advantage import has_signal
+from pivotrl.types import Group
+
+
+def rollout_statistics(groups: Sequence[Group]) -> dict[str, Any]:
+    """Rewards, their deviation, dead groups, truncation and calls, with call turns and message turns apart."""
+    rollouts = [r for group in groups for r in group.rollouts]
+    judged = [[r.verdict.reward for r in group.rollouts if r.verdict.status == "ok"] for group in groups]
+    rewards = [reward for group in judged for reward in group]
+    deviations = [(sum((x - sum(g) / len(g)) ** 2 for x in g) / len(g)) ** 0.5 for g in judged if g]
+    stats: dict[str, Any] = {
+        "reward_mean": mean(rewards),
+        "reward_std": mean(deviations),
+        "dead_group_share": mean([not has_signal(group) for group in judged]),
+        "dropped_samples": len(rollouts) - len(rewards),
+        "truncation_rate": mean([r.completion.finish_reason == "length" for r in rollouts]),
+        "calls_per_reply": mean([r.num_calls for r in rollouts]),
+        "completion_tokens_mean": mean([len(r.completion.token_ids) for r in rollouts]),
+        "rollout_turns": len(rollouts),
+        "rollout_tokens": sum(len(r.completion.token_ids) for r in rollouts),
+        "prompt_tokens_mean": mean([len(group.prompt) for group in groups]),
+    }
+    for name, is_call in (("call", True), ("message", False)):
+        of_kind = [r for group in groups if bool(group.expert_calls) == is_call for r in group.rollouts if r.verdict.status == "ok"]
+        if of_kind:
+            stats[f"reward_{name}_turns"] = mean([r.verdict.reward for r in of_kind])
+            stats[f"calls_per_reply_{name}_turns"] = mean([r.num_calls for r in of_kind])
+    return stats
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+def normalised(metrics: dict[str, float]) -> dict[str, float]:
+    """Weighted sums divided by the weight that took part; the loss itself is already an average over the whole step."""
+    averages = ("clip_fraction", "importance_mean", "entropy", "logprob_gap", "kl")
+    return {name: value / metrics["weight"] if name in averages else value for name, value in metrics.items() if name != "weight"}

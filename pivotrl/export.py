@@ -1,0 +1,132 @@
+"""Writes a policy as a Hugging Face folder that transformers and vLLM load, and proves it by comparing logprobs."""
+
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pivotrl.batching import Item, pack
+from pivotrl.config import ModelConfig
+from pivotrl.megatron import parallel
+from pivotrl.megatron.policy import Policy
+from pivotrl.records import write_json
+
+SHARD_BYTES = 5 << 30
+
+
+def hf_config(model: ModelConfig, dtype: str, end_ids: Sequence[int]) -> dict[str, Any]:
+    """config.json of a Qwen3 or Qwen3-MoE model of this shape."""
+    config: dict[str, Any] = {
+        "architectures": ["Qwen3MoeForCausalLM" if model.num_experts else "Qwen3ForCausalLM"],
+        "model_type": "qwen3_moe" if model.num_experts else "qwen3",
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn_hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.num_query_groups,
+        "head_dim": model.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": model.max_positions,
+        "initializer_range": model.init_std,
+        "rms_norm_eps": model.rms_norm_eps,
+        "rope_theta": model.rope_theta,
+        "rope_parameters": {"rope_theta": model.rope_theta, "rope_type": "default"},
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "use_sliding_window": False,
+        "tie_word_embeddings": model.tie_embeddings,
+        "eos_token_id": list(end_ids),
+        "dtype": dtype,
+    }
+    if model.num_experts:
+        config |= {
+            "num_experts": model.num_experts,
+            "num_experts_per_tok": model.experts_per_token,
+            "moe_intermediate_size": model.moe_ffn_hidden_size,
+            "norm_topk_prob": model.norm_topk_prob,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+            "router_aux_loss_coef": 0.0,
+        }
+    return config
+
+
+def write_hf(policy: Policy, folder: Path, *, tokenizer_path: Path, end_ids: Sequence[int]) -> None:
+    """Write config, tokenizer and sharded safetensors, whole (a temporary folder, then a rename). Every process calls it."""
+    from safetensors.torch import save_file
+
+    partial = folder.with_name(folder.name + ".tmp")
+    if parallel.is_main():
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    shards: list[list[str]] = []
+    buffer: dict[str, torch.Tensor] = {}
+    total = size = 0
+
+    def flush() -> None:
+        nonlocal buffer, size
+        if buffer:
+            save_file(buffer, partial / f"model-{len(shards) + 1:05d}.safetensors", metadata={"format": "pt"})
+            shards.append(list(buffer))
+            buffer, size = {}, 0
+
+    for name, tensor in policy.hf_weights():
+        if tensor is None:
+            continue
+        buffer[name] = tensor.cpu().contiguous()
+        total, size = total + tensor.nbytes, size + tensor.nbytes
+        if size >= SHARD_BYTES:
+            flush()
+    if parallel.is_main():
+        flush()
+        index = {}
+        for number, names in enumerate(shards, start=1):
+            final = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            (partial / f"model-{number:05d}.safetensors").rename(partial / final)
+            index |= dict.fromkeys(names, final)
+        write_json(partial / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
+        dtype = {"fp32": "float32", "bf16": "bfloat16"}[policy.config.precision.params]
+        write_json(partial / "config.json", hf_config(policy.config.model, dtype, end_ids))
+        write_json(partial / "generation_config.json", {"eos_token_id": list(end_ids), "do_sample": True})
+        copy_tokenizer(tokenizer_path, partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    parallel.broadcast(None)
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy every file of a tokenizer (not weights or model configuration)."""
+    for file in source.iterdir():
+        if file.is_file() and file.suffix in (".json", ".jinja", ".txt", ".model") and file.name not in _MODEL_FILES:
+            shutil.copy2(file, target / file.name)
+
+
+_MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json")
+
+
+def check_export(policy: Policy, folder: Path, token_rows: Sequence[Sequence[int]], *, tolerance: float) -> float:
+    """Largest |difference| between the policy's logprobs and those of the folder loaded by transformers, over given tokens.
+
+    Raises:
+        RuntimeError: the difference exceeds `tolerance` nats.
+    """
+    rows = [pack([Item(list(row), range(1, len(row)))], max_row_tokens=len(row), shared_prefix=False)[0] for row in token_rows]
+    logprobs = policy.logprobs(rows, temperature=1.0)
+    worst = 0.0
+    if parallel.is_main():
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=next(policy.parameters()).dtype)
+        for row, found in zip(rows, logprobs, strict=True):
+            tokens = row.token_ids_T[None]
+            with torch.no_grad():
+                expected = model(tokens).logits[0, :-1].float().log_softmax(-1).gather(1, tokens[0, 1:, None])[:, 0]
+            worst = max(worst, (expected - found).abs().max().item())
+    worst = parallel.broadcast(worst)
+    if not worst <= tolerance:
+        raise RuntimeError(f"{folder}: exported logprobs differ from the policy's by {worst:.2e} nats, allowed {tolerance:.0e}; the export is not usable")
+    return worst

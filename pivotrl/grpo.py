@@ -1,0 +1,214 @@
+"""GRPO over pivots: sample a group of actions per pivot, verify, and move the policy towards the better ones.
+
+One step: pivots -> G rollouts each -> verdicts -> advantages -> rows -> Megatron update -> weights into the engines.
+The main process samples, verifies and logs; every process of the layout takes part in the update.
+"""
+
+import random
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from pivotrl import weight_sync
+from pivotrl.advantage import advantages, has_signal
+from pivotrl.batching import Item, Row, pack
+from pivotrl.config import AlgorithmConfig, Config, LossLevel
+from pivotrl.diagnostics import normalised, rollout_statistics
+from pivotrl.local_rollouts import Sampler, seed_of
+from pivotrl.loss import grpo_loss
+from pivotrl.megatron import checkpoint, parallel
+from pivotrl.megatron.policy import Policy
+from pivotrl.metrics import MetricsLog, Timer, peak_rss_gib
+from pivotrl.records import read_jsonl, write_jsonl
+from pivotrl.types import Group, Pivot
+
+
+def check(config: Config) -> None:
+    """Raises ValueError for settings under which the loss would not mean what it says."""
+    if config.rollout.top_p != 1.0 or config.rollout.temperature <= 0:
+        raise ValueError(
+            f"rollout.top_p={config.rollout.top_p}, rollout.temperature={config.rollout.temperature}: training needs top_p=1.0 and a temperature "
+            "above 0, so that rollout logprobs and policy logprobs are of the same distribution"
+        )
+    if config.algorithm.group_size < 2:
+        raise ValueError(f"algorithm.group_size={config.algorithm.group_size}: a group needs two samples at least to have an advantage")
+
+
+class Trainer:
+    """Holds what a step needs; `sampler` and `log` exist on the main process only."""
+
+    def __init__(self, config: Config, policy: Policy, pivots: Sequence[Pivot], sampler: Sampler | None, log: MetricsLog | None):
+        self.config, self.policy, self.pivots, self.sampler, self.log = config, policy, pivots, sampler, log
+        self.version = 0
+        self.timer = Timer()
+        self.totals = {"rollout_turns": 0, "rollout_tokens": 0, "train_tokens": 0, "weight_syncs": 0, "weight_syncs_verified": 0}
+
+    def start(self, version: int) -> None:
+        """Prove that the engines sample from the policy: as loaded, and again after a push, before anything depends on it."""
+        self.version = version
+        if version == 0:
+            self.check_engine()
+        self.push()
+        self.check_engine()
+
+    def train(self, start: int) -> None:
+        """The loop: from step `start` to algorithm.num_steps."""
+        algorithm, folder = self.config.algorithm, Path(self.config.run_dir) / "checkpoints" / "grpo"
+        for step in range(start, algorithm.num_steps):
+            with self.timer("rollout"):
+                groups = self.sample(step)
+            minibatches, stats = parallel.broadcast(self.build(groups) if groups is not None else None)
+            for number, rows in enumerate(minibatches):
+                with self.timer("logprobs"):
+                    self.add_logprobs(rows)
+                with self.timer("update"):
+                    metrics = self.policy.train_step(
+                        rows, partial(grpo_loss, algorithm=algorithm), temperature=self.config.rollout.temperature, step=step
+                    )
+                if number == 0:
+                    self.check_gap(metrics, step)
+                    stats |= normalised(metrics)
+            if minibatches:
+                with self.timer("weight_sync"):
+                    self.version += 1
+                    self.push()
+            if self.log is not None:
+                self.report(step, stats)
+            if (step + 1) % algorithm.checkpoint_every == 0 or step + 1 == algorithm.num_steps:
+                checkpoint.save(self.policy, folder, step + 1, version=self.version)
+
+    def sample(self, step: int) -> list[Group] | None:
+        """The step's groups, on the main process: from the run folder if they were sampled before a restart, else fresh."""
+        if self.sampler is None:
+            return None
+        path = Path(self.config.run_dir) / "rollouts" / f"step_{step:06d}.jsonl"
+        if path.exists():
+            return read_jsonl(path, Group)
+        chosen = step_pivots(self.pivots, self.config.algorithm.pivots_per_step, step=step, seed=self.config.seed)
+        candidates = [pivot.candidate for pivot in chosen]
+        prompts = [self.sampler.prompt(candidate) for candidate in candidates]
+        seed = seed_of(self.config.seed, "grpo", step)
+        results = self.sampler.collect(candidates, prompts, num_samples=self.config.algorithm.group_size, seed=seed)
+        groups = [
+            Group(
+                candidate_id=candidates[index].id,
+                trajectory_id=candidates[index].trajectory_id,
+                expert_calls=len(candidates[index].expert.tool_calls),
+                prompt=prompts[index],
+                rollouts=tuple(rollouts),
+            )
+            for index, rollouts, _ in sorted(results, key=lambda result: result[0])
+        ]
+        write_jsonl(path, groups)
+        return groups
+
+    def build(self, groups: Sequence[Group]) -> tuple[list[list[Row]], dict[str, float]]:
+        """Rows of every minibatch (none for groups without signal), and the step's rollout statistics."""
+        parts = self.config.algorithm.updates_per_step
+        batching = self.config.batching
+        minibatches = []
+        for part in range(parts):
+            items = group_items(groups[part::parts], self.config.algorithm)
+            if items:
+                minibatches.append(pack(items, max_row_tokens=batching.max_row_tokens, shared_prefix=batching.shared_prefix))
+        stats = rollout_statistics(groups)
+        stats["train_tokens"] = sum(len(row.token_ids_T) for rows in minibatches for row in rows)
+        stats["staleness_max"] = max((self.version - r.completion.policy_version for g in groups for r in g.rollouts), default=0)
+        return minibatches, stats
+
+    def add_logprobs(self, rows: list[Row]) -> None:
+        """Old logprobs where several updates share one batch, reference logprobs where a KL penalty wants them."""
+        temperature = self.config.rollout.temperature
+        if self.config.algorithm.updates_per_step > 1:
+            for row, old in zip(rows, self.policy.logprobs(rows, temperature=temperature), strict=True):
+                row.fields["old_logprobs"] = old
+        if self.config.algorithm.kl_beta > 0:
+            for row, ref in zip(rows, self.policy.logprobs(rows, temperature=temperature, reference=True), strict=True):
+                row.fields["ref_logprobs"] = ref
+
+    def push(self) -> None:
+        """Send the policy's weights to the engines as the present version; the first time, compare logprobs afterwards."""
+        service = self.sampler.client.service if self.sampler else None
+        report = weight_sync.push(self.policy.hf_weights(), service, version=self.version)
+        if report is None:
+            return
+        self.totals["weight_syncs"] += 1
+        self.totals["weight_syncs_verified"] += report.verified
+        if not report.verified:
+            raise RuntimeError(f"weight sync {self.version}: a rollout server does not report the new version; see its log")
+
+    def check_engine(self, num_rows: int = 4) -> None:
+        """Stop unless engines and trainer give the same logprobs on the expert's own turns (at start-up and after a push)."""
+        rows: list[list[int]] | None = None
+        if self.sampler is not None:
+            chosen = step_pivots(self.pivots, num_rows, step=0, seed=self.config.seed)
+            rows = [list(self.sampler.prompt(pivot.candidate)) for pivot in chosen]
+        rows = parallel.broadcast(rows)
+        items = [Item(row, range(1, len(row)), unit=str(index)) for index, row in enumerate(rows)]
+        packed = pack(items, max_row_tokens=max(self.config.batching.max_row_tokens, *map(len, rows)), shared_prefix=False)
+        scored: list[list[float]] = [[] for _ in rows]
+        for row, logprobs in zip(packed, self.policy.logprobs(packed, temperature=1.0), strict=True):
+            for owner in row.owners_S.unique().tolist():
+                scored[owner] = logprobs[row.owners_S == owner].tolist()
+        if self.sampler is not None:
+            gap = weight_sync.check_logprobs(self.sampler.client, rows, scored, max_mean_gap=self.config.rollout.max_mean_logprob_gap)
+            print(f"engine check (policy version {self.version}): mean |logprob gap| {gap.mean:.1e}, max {gap.max:.1e}", flush=True)
+
+    def check_gap(self, metrics: dict[str, float], step: int) -> None:
+        """Every step's rollouts prove the weight sync before them: stop when trainer and engine have drifted apart."""
+        gap, limit = metrics["logprob_gap"] / metrics["weight"], self.config.rollout.max_mean_logprob_gap
+        if not gap <= limit:
+            raise RuntimeError(
+                f"step {step}: mean |rollout - policy logprob| is {gap:.2e}, over rollout.max_mean_logprob_gap={limit:.2e}: the engine does "
+                "not sample from the trained weights; look at the weight sync and at precision.* before raising the limit"
+            )
+
+    def report(self, step: int, stats: dict[str, float]) -> None:
+        """One row of metrics.jsonl and one line for the eye."""
+        assert self.log is not None and self.sampler is not None
+        seconds = self.timer.take()
+        stats |= seconds
+        for name in ("rollout_turns", "rollout_tokens", "train_tokens"):
+            self.totals[name] += stats[name]
+        stats["rollout_tokens_per_s"] = stats["rollout_tokens"] / max(seconds["rollout_s"], 1e-9)
+        if "update_s" in seconds:
+            stats["train_tokens_per_s"] = stats["train_tokens"] / seconds["update_s"]
+        stats |= {"policy_version": self.version, "restarts": self.sampler.client.metrics.restarts, "peak_rss_gib": peak_rss_gib()}
+        self.log.log(step, stats)
+        show = ("reward_mean", "reward_std", "dead_group_share", "entropy", "logprob_gap")
+        print(f"step {step + 1}/{self.config.algorithm.num_steps} " + " ".join(f"{k} {stats[k]:.3g}" for k in show if k in stats), flush=True)
+
+
+def step_pivots(pivots: Sequence[Pivot], count: int, *, step: int, seed: int) -> list[Pivot]:
+    """The pivots of a step: epochs over all pivots, each in an order of its own that only seed and epoch decide."""
+    chosen: dict[int, Pivot] = {}
+    position = step * count
+    while len(chosen) < min(count, len(pivots)):
+        epoch, index = divmod(position, len(pivots))
+        order = list(range(len(pivots)))
+        random.Random(seed_of(seed, "epoch", epoch)).shuffle(order)
+        chosen.setdefault(order[index], pivots[order[index]])  # where two epochs meet, a pivot could come twice
+        position += 1
+    return list(chosen.values())
+
+
+def group_items(groups: Sequence[Group], algorithm: AlgorithmConfig) -> list[Item]:
+    """Scored sequences of all groups with signal. Groups without cost nothing, but still count in the average.
+
+    Samples whose verifier failed are left out of everything.
+    """
+    judged = [(group, [r for r in group.rollouts if r.verdict.status == "ok"]) for group in groups]
+    num_sequences = sum(len(rollouts) for _, rollouts in judged)
+    num_tokens = sum(len(r.completion.token_ids) for _, rollouts in judged for r in rollouts)
+    items = []
+    for group, rollouts in judged:
+        rewards = [r.verdict.reward for r in rollouts]
+        if not has_signal(rewards):
+            continue
+        for rollout, advantage in zip(rollouts, advantages(rewards, algorithm.advantage, algorithm.advantage_eps), strict=True):
+            tokens, start = rollout.completion.token_ids, len(group.prompt)
+            size = len(tokens)
+            weight = 1 / num_tokens if algorithm.loss_level == LossLevel.token else 1 / (num_sequences * size)
+            fields = {"weights": [weight] * size, "advantages": [advantage] * size, "rollout_logprobs": list(rollout.completion.logprobs)}
+            items.append(Item([*group.prompt, *tokens], range(start, start + size), unit=group.trajectory_id, fields=fields))
+    return items

@@ -1,0 +1,127 @@
+"""Supervised fine-tuning on expert turns and a mixture of unrelated skills: the warm-up that makes pi_0 partly able."""
+
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from pivotrl.batching import Item, pack
+from pivotrl.candidates import load_tools, tools_key
+from pivotrl.config import Config
+from pivotrl.evaluation import skills
+from pivotrl.export import copy_tokenizer
+from pivotrl.local_rollouts import seed_of
+from pivotrl.loss import sft_loss
+from pivotrl.megatron import checkpoint
+from pivotrl.megatron.policy import Policy
+from pivotrl.metrics import MetricsLog, peak_rss_gib, progress
+from pivotrl.records import read_jsonl
+from pivotrl.render import Renderer
+from pivotrl.tokenizer import compact_text, train_tokenizer
+from pivotrl.types import Action, Message, Trajectory
+
+SKILL_EXAMPLES = 20_000  # distinct training examples over all families
+
+
+def load_trajectories(config: Config) -> list[Trajectory]:
+    """The trajectories of the split that config.sft names.
+
+    Raises:
+        ValueError: there are none.
+    """
+    path = Path(config.candidates_path) / "trajectories.jsonl"
+    chosen = [t for t in read_jsonl(path, Trajectory) if t.split == config.sft.split]
+    if not chosen:
+        raise ValueError(f"{path} holds no {config.sft.split!r} trajectories; set domain.num_warmup_tasks, or sft.split=train")
+    return chosen
+
+
+def prepare_tokenizer(config: Config, folder: Path) -> None:
+    """Put the policy's tokenizer into `folder`: trained on the training text, or that of model.hf_path.
+
+    Raises:
+        ValueError: neither is configured.
+    """
+    if (folder / "tokenizer.json").exists():
+        return
+    if config.sft.train_tokenizer:
+        path = Path(config.candidates_path) / "trajectories.jsonl"
+        texts = [compact_text(t.messages) for t in read_jsonl(path, Trajectory) if t.split in ("warmup", "train")]
+        texts += [compact_text(messages) for messages in skill_messages(config.seed)]
+        partial = folder.with_name("tokenizer.tmp")
+        train_tokenizer(texts, config.model.vocab_size).save_pretrained(partial)
+        partial.rename(folder)
+    elif config.model.hf_path:
+        folder.mkdir(parents=True, exist_ok=True)
+        copy_tokenizer(Path(config.model.hf_path), folder)
+    else:
+        raise ValueError("no tokenizer: set model.hf_path to a Hugging Face folder, or sft.train_tokenizer=true to train one for a new model")
+
+
+def skill_messages(seed: int) -> list[tuple[Message, ...]]:
+    """Conversations (question, answer) of every skill family, training split only."""
+    per_family = SKILL_EXAMPLES // len(skills.FAMILIES)
+    examples = [e for family in skills.FAMILIES for e in skills.generate(family, per_family, seed=seed, split="train")]
+    return [(*skills.to_messages(e), Message(role="assistant", content=e.answer)) for e in examples]
+
+
+def conversation_items(messages: Sequence[Message], tools: Sequence[dict], renderer: Renderer, unit: str) -> list[Item]:
+    """One item per assistant turn, its completion scored; packing folds turns whose histories grow into one segment."""
+    items = []
+    for index, message in enumerate(messages):
+        if message.role == "assistant" and index > 0:
+            prompt = renderer.prompt(messages[:index], tools)
+            action = renderer.action_ids(Action.from_message(message), messages[:index], tools)
+            items.append(Item([*prompt, *action], range(len(prompt), len(prompt) + len(action)), unit=unit))
+    return items
+
+
+def _shuffled(units: list[list[Item]], seed: int) -> Iterator[list[Item]]:
+    for epoch in range(1_000_000):
+        order = list(range(len(units)))
+        random.Random(seed_of(seed, epoch)).shuffle(order)
+        yield from (units[index] for index in order)
+
+
+def _length(unit: list[Item]) -> int:
+    return max(len(item.token_ids) for item in unit)
+
+
+def batches(expert: list[list[Item]], skill: list[list[Item]], config: Config) -> Iterator[list[Item]]:
+    """Endless steps of about sft.tokens_per_step tokens, of which sft.skill_share are skills; only the seed decides them."""
+    sft = config.sft
+    streams = [(_shuffled(expert, seed_of(config.seed, "expert")), 1 - sft.skill_share)]
+    if sft.skill_share > 0:
+        streams.append((_shuffled(skill, seed_of(config.seed, "skill")), sft.skill_share))
+    while True:
+        items: list[Item] = []
+        for number, (stream, share) in enumerate(streams):
+            tokens = 0
+            while tokens < sft.tokens_per_step * share:
+                unit = next(stream)
+                tokens += _length(unit)
+                # a unit of its own each time: one trajectory may come twice in a step
+                items += [Item(item.token_ids, item.scored, unit=f"{number}/{len(items)}/{item.unit}") for item in unit]
+        total = sum(len(item.scored) for item in items)
+        for item in items:
+            item.fields = {"weights": [1 / total] * len(item.scored)}
+        yield items
+
+
+def train(config: Config, policy: Policy, renderer: Renderer, log: MetricsLog | None, start: int) -> None:
+    """Steps `start` to sft.num_steps; every process of the layout runs it on the same data."""
+    tools = load_tools(Path(config.candidates_path))
+    expert = [conversation_items(t.messages, tools[tools_key(t.tools)], renderer, t.id) for t in load_trajectories(config)]
+    skill = [conversation_items(m, (), renderer, "skill") for m in skill_messages(config.seed)] if config.sft.skill_share > 0 else []
+    stream = batches(expert, skill, config)
+    for _ in range(start):
+        next(stream)
+    folder = Path(config.run_dir) / "checkpoints" / "sft"
+    for step in progress(range(start, config.sft.num_steps), total=config.sft.num_steps - start, desc="sft"):
+        rows = pack(next(stream), max_row_tokens=config.batching.max_row_tokens, shared_prefix=config.batching.shared_prefix)
+        metrics = policy.train_step(rows, sft_loss, temperature=1.0, step=step)
+        if log is not None:
+            tokens = sum(len(row.token_ids_T) for row in rows)
+            seconds = metrics["forward_backward_s"] + metrics["optimizer_s"]
+            log.log(step, {**metrics, "train_tokens": tokens, "train_tokens_per_s": tokens / seconds, "peak_rss_gib": peak_rss_gib()})
+        if (step + 1) % config.sft.checkpoint_every == 0 or step + 1 == config.sft.num_steps:
+            checkpoint.save(policy, folder, step + 1)

@@ -1,0 +1,129 @@
+"""What each stage reads, writes and depends on: the run folder's layout in one table."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pivotrl.config import Config, to_dict
+from pivotrl.run_folder import RunFolder, Stage
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """`fields` are the dotted config fields (or groups) that decide what the stage makes."""
+
+    fields: tuple[str, ...]
+    inputs: Callable[[Config], dict[str, Path]]
+    outputs: Callable[[Config], list[Path]]
+
+
+def initial_policy(config: Config) -> Path:
+    """Hugging Face folder of pi_0: model.hf_path, or what train_sft wrote."""
+    return Path(config.model.hf_path) if config.model.hf_path else run_path(config, "hf/sft")
+
+
+def final_policy(config: Config) -> Path:
+    """Hugging Face folder that export_hf writes."""
+    return run_path(config, "hf/final")
+
+
+def run_path(config: Config, relative: str) -> Path:
+    return Path(config.run_dir) / relative
+
+
+def policies(config: Config) -> dict[str, Path]:
+    """The policies to evaluate by label: before and after training, or evaluation.policies by their folders' names."""
+    if config.evaluation.policies:
+        return {Path(path).name: Path(path) for path in config.evaluation.policies}
+    return {"before": initial_policy(config), "after": final_policy(config)}
+
+
+def _data(config: Config) -> dict[str, Path]:
+    return {"data": Path(config.domain.data_path)} if config.domain.data_path else {}
+
+
+def _candidates(config: Config, *names: str) -> dict[str, Path]:
+    return {name.split(".")[0]: Path(config.candidates_path) / name for name in names}
+
+
+_SAMPLING = ("rollout.temperature", "rollout.top_p", "rollout.max_new_tokens", "rollout.max_prompt_tokens", "rollout.dtype")
+_TRAINING = ("model", "parallel", "precision", "batching", "seed")
+
+STAGES: dict[str, StageSpec] = {
+    "extract_candidates": StageSpec(
+        ("domain.name", "domain.source", "domain.system_prompt", "domain.num_heldout_tasks", "domain.num_warmup_tasks", "domain.num_train_tasks", "seed"),
+        _data,
+        lambda c: [Path(c.candidates_path)],
+    ),
+    "train_sft": StageSpec(
+        ("sft", *_TRAINING),
+        lambda c: {**_candidates(c, "trajectories.jsonl", "tools.json"), **({"policy": Path(c.model.hf_path)} if c.model.hf_path else {})},
+        lambda c: [run_path(c, "checkpoints/sft"), run_path(c, "tokenizer"), run_path(c, "hf/sft")],
+    ),
+    "profile_candidates": StageSpec(
+        ("profile.num_samples", "profile.max_candidates", "domain.verifier", "seed", *_SAMPLING),
+        lambda c: {**_candidates(c, "candidates.jsonl", "tools.json"), "policy": initial_policy(c)},
+        lambda c: [Path(c.profiles_path)],
+    ),
+    "select_pivots": StageSpec(
+        ("profile.rule", "profile.max_mean", "seed"),
+        lambda c: {**_candidates(c, "candidates.jsonl"), "profiles": Path(c.profiles_path) / "profiles.jsonl"},
+        lambda c: [Path(c.pivots_path)],
+    ),
+    "train_grpo": StageSpec(
+        ("algorithm", "optimizer", "domain.verifier", *_SAMPLING, *_TRAINING),
+        lambda c: {"pivots": Path(c.pivots_path) / "pivots.jsonl", **_candidates(c, "tools.json"), "policy": initial_policy(c)},
+        lambda c: [run_path(c, "checkpoints/grpo"), run_path(c, "rollouts")],
+    ),
+    "export_hf": StageSpec(
+        ("model", "precision"),
+        lambda c: {"checkpoint": run_path(c, "checkpoints/grpo")},
+        lambda c: [final_policy(c)],
+    ),
+    "evaluate": StageSpec(
+        ("evaluation", "domain.verifier", "domain.environment", "seed", *_SAMPLING),
+        lambda c: {**_candidates(c, "trajectories.jsonl", "heldout.jsonl", "tools.json"), **policies(c)},
+        lambda c: [run_path(c, "evaluation")],
+    ),
+}
+
+
+def open_stage(name: str, config: Config, *, writes: bool = True) -> Stage:
+    """Begin, resume or skip a stage of the run; see RunFolder.stage."""
+    spec = STAGES[name]
+    run = RunFolder(Path(config.run_dir), writes=writes)
+    return run.stage(
+        name, relevant(name, config), spec.inputs(config), outputs=spec.outputs(config), on_change=config.on_change, resolved=to_dict(config)
+    )
+
+
+def relevant(name: str, config: Config) -> dict[str, Any]:
+    """The values of the config fields that decide what a stage makes, by dotted name."""
+    values: dict[str, Any] = {}
+    for field in STAGES[name].fields:
+        value: Any = to_dict(config)
+        for part in field.split("."):
+            value = value[part]
+        values[field] = value
+    return values
+
+
+def describe(name: str, config: Config) -> str:
+    """What a stage would do: the resolved config, its inputs (present or missing) and its outputs."""
+    import yaml
+
+    spec = STAGES[name]
+    text = yaml.safe_dump(_plain(to_dict(config)), sort_keys=False)
+    lines = [f"{key}: {path} ({'present' if path.exists() else 'MISSING'})" for key, path in spec.inputs(config).items()]
+    lines += [f"writes: {path}" for path in spec.outputs(config)]
+    status = RunFolder(Path(config.run_dir)).manifest().get(name, {}).get("status", "not started")
+    return f"{text}\n{name} in {config.run_dir} ({status}) would read and write\n  " + "\n  ".join(lines)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, str) else value

@@ -1,0 +1,42 @@
+"""GRPO over pivots: Megatron trains, vLLM rolls out, the domain's verifier rewards."""
+
+from contextlib import ExitStack
+from pathlib import Path
+
+from pivotrl.config import Config, run_recipe
+
+
+def main(config: Config) -> None:
+    from pivotrl import grpo
+    from pivotrl.local_rollouts import open_sampler
+    from pivotrl.megatron import checkpoint, parallel
+    from pivotrl.megatron.policy import Policy
+    from pivotrl.metrics import MetricsLog
+    from pivotrl.records import read_jsonl
+    from pivotrl.stages import initial_policy, open_stage, run_path
+    from pivotrl.types import Pivot
+
+    grpo.check(config)
+    parallel.start(config.parallel, config.seed)
+    main_process = parallel.is_main()
+    with open_stage("train_grpo", config, writes=main_process) as stage, ExitStack() as stack:
+        if stage.done:
+            return print(f"training is already done: {run_path(config, 'checkpoints/grpo')}")
+        sampler = stack.enter_context(open_sampler(config, initial_policy(config))) if main_process else None
+        policy = Policy(config, config.optimizer, num_steps=config.algorithm.num_steps)
+        policy.load_hf(initial_policy(config))
+        if config.algorithm.kl_beta > 0:
+            policy.snapshot_reference()
+        last = checkpoint.latest(run_path(config, "checkpoints/grpo"))
+        start, version = checkpoint.load(policy, last) if last else (0, 0)
+        log = stack.enter_context(MetricsLog(Path(config.run_dir), "train_grpo", config.logging, resume_step=start)) if main_process else None
+        pivots = read_jsonl(Path(config.pivots_path) / "pivots.jsonl", Pivot)
+        trainer = grpo.Trainer(config, policy, pivots, sampler, log)
+        trainer.start(version)
+        trainer.train(start)
+        stage.count(**trainer.totals)
+    parallel.stop()
+
+
+if __name__ == "__main__":
+    run_recipe("train_grpo", main)

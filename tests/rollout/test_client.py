@@ -1,0 +1,170 @@
+import random
+import time
+
+import httpx
+import pytest
+import torch
+from fake_server import FakeService, hf_weights, real_service, write_config, write_tiny_model
+
+from pivotrl.config import RolloutConfig
+from pivotrl.rollout.client import RolloutClient, SampleRequest
+from pivotrl.weight_sync import push
+
+
+@pytest.fixture
+def connect(tmp_path):
+    opened = []
+
+    def connect(**options):
+        config = RolloutConfig(**{"max_prompt_tokens": 100, "max_new_tokens": 50, "startup_timeout_s": 20.0} | options)
+        service = FakeService(config, write_config(tmp_path / "model"), tmp_path / "logs", seed=0)
+        service.start()
+        opened.extend([RolloutClient(service), service])
+        return opened[-2]
+
+    yield connect
+    for thing in opened:
+        thing.close()
+
+
+def request(*prompt, key="", n=2, seed=0, max_tokens=3):
+    return SampleRequest(prompt=prompt, n=n, seed=seed, max_tokens=max_tokens, routing_key=key)
+
+
+def test_answers_come_in_order_and_are_counted(connect):
+    client = connect()
+    requests = [request(1, 2, i, n=3) for i in range(20)]
+    results = client.sample(requests)
+    assert [len(completions) for completions in results] == [3] * 20
+    assert results == client.sample(requests)
+    alone = client.sample([requests[7]])[0]
+    assert alone == results[7] and len({completion.token_ids for completion in alone}) == 3
+    metrics = client.metrics
+    assert (metrics.requests, metrics.completions, metrics.prompt_tokens, metrics.completion_tokens) == (41, 123, 123, 369)
+    assert metrics.retries == metrics.restarts == 0 and 0.1 < metrics.busy_s < 20
+
+
+def test_neighbouring_seeds_share_no_sample(connect):
+    client = connect()
+    first, second = client.sample([request(1, seed=0, n=8), request(1, seed=1, n=8)])
+    assert not {completion.token_ids for completion in first} & {completion.token_ids for completion in second}
+
+
+def test_requests_in_flight_are_bounded_and_spread_by_routing_key(connect):
+    client = connect(num_servers=2, max_inflight=3)
+    client.sample([request(i, key="one trajectory") for i in range(8)])
+    seen = [httpx.get(f"{url}/seen").json()["max_in_flight"] for url in client.service.urls]
+    assert sorted(seen) == [0, 3]
+    client.sample([request(i, key=f"trajectory {i}") for i in range(16)])
+    assert all(httpx.get(f"{url}/seen").json()["max_in_flight"] for url in client.service.urls)
+
+
+def test_results_keep_arriving_while_the_caller_works(connect):
+    client = connect(max_inflight=1)
+    results = client.as_completed([request(i) for i in range(10)])
+    next(results)
+    time.sleep(1.0)  # ten requests of 0.05 s
+    assert client.metrics.requests == 10
+    assert len(list(results)) == 9
+
+
+def test_leaving_early_cancels_the_rest(connect):
+    client = connect(max_inflight=1)
+    results = client.as_completed([request(i) for i in range(100)])
+    next(results)
+    results.close()
+    assert client.sample([request(1000)]) and client.metrics.requests < 10
+
+
+def test_refused_requests_raise_the_servers_message(connect):
+    client = connect()
+    with pytest.raises(RuntimeError, match="status 400: prompt of 3 tokens not served"):
+        client.sample([request(1), request(400, 1, 1)])
+    assert client.metrics.retries == 0
+
+
+def test_a_server_that_keeps_failing_is_given_up(connect):
+    client = connect()
+    with pytest.raises(RuntimeError, match="no answer in 5 attempts.* status 500"):
+        client.sample([request(500)])
+
+
+def test_too_long_requests_are_refused_before_anything_is_sent(connect):
+    client = connect()
+    with pytest.raises(ValueError, match=r"request 1 \('t'\) has 101 prompt tokens, rollout.max_prompt_tokens is 100"):
+        client.as_completed([request(1), request(*range(101), key="t")])
+    with pytest.raises(ValueError, match="max_tokens 51"):
+        client.sample([request(1, max_tokens=51)])
+    assert client.metrics.requests == 0
+
+
+def test_a_server_killed_midway_costs_only_its_unfinished_requests(connect):
+    client = connect(num_servers=2)
+    requests = [request(i, key=str(i)) for i in range(40)]
+    requests[30] = request(99, key="30")
+    indices = [index for index, _ in client.as_completed(requests)]
+    assert sorted(indices) == list(range(40))
+    assert client.metrics.requests == 40 and client.metrics.restarts == 1 and client.metrics.retries >= 1
+
+
+def test_restarts_end(connect):
+    client = connect(max_restarts=0)
+    with pytest.raises(RuntimeError, match="died 1 times"):
+        client.sample([request(99)])
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    model = write_tiny_model(tmp_path_factory.mktemp("model"), 5)
+    service = real_service(tmp_path_factory)
+    push(hf_weights(model), service, version=100)
+    with RolloutClient(service) as client:
+        yield client, model
+
+
+PROMPT = tuple(random.Random(0).choices(range(256), k=150))
+
+
+def sampling_logprobs(model, completion, temperature):
+    row = torch.tensor([*PROMPT, *completion.token_ids])
+    with torch.no_grad():
+        logits = model(row[None]).logits[0, len(PROMPT) - 1 : -1] / temperature
+    return logits.log_softmax(-1).gather(1, row[len(PROMPT) :, None])[:, 0]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_rollout_logprobs_are_those_of_the_sampling_distribution(real, temperature):
+    client, model = real
+    (completions,) = client.sample([SampleRequest(prompt=PROMPT, n=8, seed=1, max_tokens=40, temperature=temperature)])
+    assert len({completion.token_ids for completion in completions}) == 8
+    for completion in completions:
+        assert completion.policy_version == 100
+        assert completion.finish_reason == ("stop" if completion.token_ids[-1] == 257 else "length")
+        expected = sampling_logprobs(model, completion, temperature)
+        assert torch.allclose(torch.tensor(completion.logprobs), expected, atol=1e-4)
+
+
+def test_the_stop_token_and_its_logprob_are_part_of_the_completion(real):
+    client, model = real
+    stops = tuple(range(0, 256, 4))
+    (completions,) = client.sample([SampleRequest(prompt=PROMPT, n=8, seed=2, max_tokens=100, stop_token_ids=stops)])
+    for completion in completions:
+        assert completion.finish_reason == "stop" and completion.token_ids[-1] in (*stops, 257)
+        assert not set(completion.token_ids[:-1]) & set(stops)
+        assert torch.allclose(torch.tensor(completion.logprobs), sampling_logprobs(model, completion, 1.0), atol=1e-4)
+
+
+def test_a_seed_gives_the_same_actions_in_any_company(real):
+    client, _ = real
+    wanted = SampleRequest(prompt=PROMPT, n=4, seed=3, max_tokens=20)
+    (alone,) = client.sample([wanted])
+    client.reset_prefix_cache()
+    others = [SampleRequest(prompt=PROMPT[i:], n=4, seed=i, max_tokens=20) for i in range(10)]
+    together = client.sample([*others, wanted])[-1]
+    assert [completion.token_ids for completion in together] == [completion.token_ids for completion in alone]
+
+
+def test_the_engine_refuses_what_it_cannot_do(real):
+    client, _ = real
+    with pytest.raises(RuntimeError, match="status 400"):
+        client.sample([SampleRequest(prompt=PROMPT, n=1, seed=0, max_tokens=10, temperature=-1.0)])
