@@ -56,14 +56,15 @@ class Sampler:
         waiting: deque[tuple[int, list[Completion], list[str], list[Action], Future[list[Verdict]]]] = deque()
         for index, completions in self.client.as_completed(requests):
             texts = [self.renderer.decode(completion.token_ids) for completion in completions]
-            actions = [self._action(completion, text) for completion, text in zip(completions, texts, strict=True)]
+            actions = [self.parse(completion, text) for completion, text in zip(completions, texts, strict=True)]
             waiting.append((index, completions, texts, actions, self.verifier.submit(candidates[index], actions)))
             while waiting and waiting[0][-1].done():
                 yield self._finish(candidates, *waiting.popleft())
         while waiting:
             yield self._finish(candidates, *waiting.popleft())
 
-    def _action(self, completion: Completion, text: str) -> Action:
+    def parse(self, completion: Completion, text: str) -> Action:
+        """The action of a completion; one that was cut off is malformed, whatever its text looks like."""
         if completion.finish_reason == "length":
             return Action(content=text, malformed=f"cut off after {len(completion.token_ids)} tokens")
         return self.renderer.parse(text)

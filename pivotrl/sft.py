@@ -1,7 +1,9 @@
 """Supervised fine-tuning on expert turns and a mixture of unrelated skills: the warm-up that makes pi_0 partly able."""
 
+import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from pivotrl.batching import Item, pack
@@ -64,43 +66,51 @@ def skill_messages(seed: int) -> list[tuple[Message, ...]]:
     return [(*skills.to_messages(e), Message(role="assistant", content=e.answer)) for e in examples]
 
 
-def conversation_items(messages: Sequence[Message], tools: Sequence[dict], renderer: Renderer, unit: str) -> list[Item]:
+def conversation_items(renderer: Renderer, messages: Sequence[Message], tools: Sequence[dict]) -> list[Item]:
     """One item per assistant turn, its completion scored; packing folds turns whose histories grow into one segment."""
     items = []
     for index, message in enumerate(messages):
         if message.role == "assistant" and index > 0:
             prompt = renderer.prompt(messages[:index], tools)
             action = renderer.action_ids(Action.from_message(message), messages[:index], tools)
-            items.append(Item([*prompt, *action], range(len(prompt), len(prompt) + len(action)), unit=unit))
+            items.append(Item([*prompt, *action], range(len(prompt), len(prompt) + len(action))))
     return items
 
 
-def _shuffled(units: list[list[Item]], seed: int) -> Iterator[list[Item]]:
-    for epoch in range(1_000_000):
-        order = list(range(len(units)))
+def _shuffled(conversations: Sequence[tuple], render: Callable[..., list[Item]], seed: int) -> Iterator[list[Item]]:
+    """Epoch after epoch in an order of its own; a conversation is rendered when it is first drawn."""
+    rendered: dict[int, list[Item]] = {}
+    for epoch in itertools.count():
+        order = list(range(len(conversations)))
         random.Random(seed_of(seed, epoch)).shuffle(order)
-        yield from (units[index] for index in order)
+        for index in order:
+            if index not in rendered:
+                rendered[index] = render(*conversations[index])
+            yield rendered[index]
 
 
 def _length(unit: list[Item]) -> int:
     return max(len(item.token_ids) for item in unit)
 
 
-def batches(expert: list[list[Item]], skill: list[list[Item]], config: Config) -> Iterator[list[Item]]:
+def batches(config: Config, renderer: Renderer) -> Iterator[list[Item]]:
     """Endless steps of about sft.tokens_per_step tokens, of which sft.skill_share are skills; only the seed decides them."""
-    sft = config.sft
-    streams = [(_shuffled(expert, seed_of(config.seed, "expert")), 1 - sft.skill_share)]
+    sft, tools = config.sft, load_tools(Path(config.candidates_path))
+    render = partial(conversation_items, renderer)
+    expert = [(t.messages, tools[tools_key(t.tools)]) for t in load_trajectories(config)]
+    streams = [(_shuffled(expert, render, seed_of(config.seed, "expert")), 1 - sft.skill_share)]
     if sft.skill_share > 0:
-        streams.append((_shuffled(skill, seed_of(config.seed, "skill")), sft.skill_share))
+        skill = [(messages, ()) for messages in skill_messages(config.seed)]
+        streams.append((_shuffled(skill, render, seed_of(config.seed, "skill")), sft.skill_share))
     while True:
         items: list[Item] = []
-        for number, (stream, share) in enumerate(streams):
+        for stream, share in streams:
             tokens = 0
             while tokens < sft.tokens_per_step * share:
                 unit = next(stream)
                 tokens += _length(unit)
-                # a unit of its own each time: one trajectory may come twice in a step
-                items += [Item(item.token_ids, item.scored, unit=f"{number}/{len(items)}/{item.unit}") for item in unit]
+                name = str(len(items))  # a unit of its own each time: one trajectory may come twice in a step
+                items += [Item(item.token_ids, item.scored, unit=name) for item in unit]
         total = sum(len(item.scored) for item in items)
         for item in items:
             item.fields = {"weights": [1 / total] * len(item.scored)}
@@ -109,10 +119,7 @@ def batches(expert: list[list[Item]], skill: list[list[Item]], config: Config) -
 
 def train(config: Config, policy: Policy, renderer: Renderer, log: MetricsLog | None, start: int) -> None:
     """Steps `start` to sft.num_steps; every process of the layout runs it on the same data."""
-    tools = load_tools(Path(config.candidates_path))
-    expert = [conversation_items(t.messages, tools[tools_key(t.tools)], renderer, t.id) for t in load_trajectories(config)]
-    skill = [conversation_items(m, (), renderer, "skill") for m in skill_messages(config.seed)] if config.sft.skill_share > 0 else []
-    stream = batches(expert, skill, config)
+    stream = batches(config, renderer)
     for _ in range(start):
         next(stream)
     folder = Path(config.run_dir) / "checkpoints" / "sft"

@@ -168,3 +168,13 @@ class Pivot(Record):
     candidate: Candidate
     mean: float
     variance: float
+
+
+class Episode(Record):
+    """One evaluated episode. `end` says how it ended: "done", "max_turns" or "over_long"."""
+
+    task_id: str
+    reward: float
+    turns: int
+    end: str
+    actions: tuple[str, ...] = ()

@@ -92,6 +92,21 @@ def has_top_level_order(query: str) -> bool:
     return re.search(r"\border\s+by\b", bare, re.I) is not None
 
 
+def database_folder(domain: DomainConfig) -> Path:
+    """The folder of the <database>.sqlite files.
+
+    Raises:
+        ValueError: domain.data_path is not set.
+        FileNotFoundError: it holds no folder sqlite/.
+    """
+    if domain.data_path is None:
+        raise ValueError(f"domain {domain.name!r}: set domain.data_path to the folder that holds sqlite/<database>.sqlite")
+    folder = Path(domain.data_path) / "sqlite"
+    if not folder.is_dir():
+        raise FileNotFoundError(f"domain {domain.name!r}: {folder} does not exist; pivotrl/sources/intercode_sql.py says how to get it")
+    return folder
+
+
 class Database:
     """One SQLite file, opened so that no statement can change it or anything else.
 
@@ -101,11 +116,9 @@ class Database:
     """
 
     def __init__(self, domain: DomainConfig, name: str, *, time_limit_s: float):
-        if domain.data_path is None:
-            raise ValueError(f"domain {domain.name!r}: set domain.data_path to the folder that holds sqlite/<database>.sqlite")
         if not re.fullmatch(r"\w+", name):
             raise ValueError(f"database {name!r} is no plain name of letters, digits and underscores")
-        path = Path(domain.data_path) / "sqlite" / f"{name}.sqlite"
+        path = database_folder(domain) / f"{name}.sqlite"
         if not path.is_file():
             raise FileNotFoundError(f"domain {domain.name!r}: {path} does not exist; pivotrl/sources/intercode_sql.py says how to get it")
         self.name = name

@@ -14,7 +14,7 @@ device.install()
 
 
 def start(config: ParallelConfig, seed: int) -> None:
-    """Join the process group that torchrun describes (or make one of this process alone) and lay out Megatron.
+    """Join the process group that torchrun describes (or make one of this process alone) and lay out Megatron, once.
 
     Raises:
         ValueError: the layout does not fit the number of processes; names the sizes and the fix.
@@ -33,6 +33,8 @@ def start(config: ParallelConfig, seed: int) -> None:
         else:
             torch.set_num_threads(1)  # more threads than cores spin against each other and stop all progress
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    if parallel_state.model_parallel_is_initialized():
+        return
     check_layout(config, dist.get_world_size())
     parallel_state.initialize_model_parallel(
         config.tensor,

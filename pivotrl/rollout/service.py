@@ -27,6 +27,8 @@ PORT_RETRIES = 3
 STOP_GRACE_S = 10.0
 HEALTH_TIMEOUT_S = 10.0
 SHARED_MEMORY = Path("/dev/shm")
+# they would make the engine join the trainer's process group
+TORCHRUN_VARIABLES = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR", "MASTER_PORT"}
 # A process of its own, so that a trainer killed with SIGKILL leaves no server behind. It looks at its parent's id instead
 # of asking for a death signal, which would also fire when only the thread that started the server ends.
 WATCHDOG = """
@@ -231,44 +233,42 @@ class RolloutService:
             "worker-extension-cls": self.worker_extension,
             "weight-transfer-config": json.dumps({"backend": "file"}),
         }
+        # scale-out opens the token-in-token-out route, the one that reports every sampled token's weight version
+        flags = ["--enable-scale-out", "--disable-uvicorn-access-log", *(["--enforce-eager"] if config.enforce_eager else [])]
         if config.tensor_parallel == 1:
             options["distributed-executor-backend"] = "uni"
         if _on_cuda():
             options["gpu-memory-utilization"] = config.gpu_memory_utilization
         else:
             options["kv-cache-memory-bytes"] = int(config.kv_cache_gib * 2**30)
-        # token-in-token-out is the endpoint that reports the weight version of every sampled token
-        flags = ["--enable-scale-out", "--disable-uvicorn-access-log", *(["--enforce-eager"] if config.enforce_eager else [])]
+            # whole prompts only: vLLM 0.32 dies on CPU when a seeded request's prompt is split over two steps
+            options["max-num-batched-tokens"] = max(self.max_model_tokens, 8192)
+            flags.append("--no-enable-chunked-prefill")
         values = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
         return [sys.executable, "-W", "ignore", "-m", "vllm.entrypoints.openai.api_server", *values, *flags]
 
     def environment(self, server_index: int) -> dict[str, str]:
         """The environment of one server."""
-        here = str(Path(__file__).resolve().parents[2])
-        path = os.pathsep.join(part for part in (here, os.environ.get("PYTHONPATH")) if part)
-        settings = {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+        paths = [str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+        settings = {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
         settings["VLLM_SERVER_DEV_MODE"] = "1"  # opens the weight-transfer and prefix-cache routes, on 127.0.0.1 only
         if _on_cuda():
-            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-            devices = [str(gpu) for gpu in self.config.gpus] or [gpu for gpu in visible.split(",") if gpu]
-            size = self.config.tensor_parallel
-            if devices or self.config.num_servers > 1:
-                devices = devices or [str(gpu) for gpu in range(self.config.num_servers * size)]
-                settings["CUDA_VISIBLE_DEVICES"] = ",".join(devices[server_index * size : (server_index + 1) * size])
+            size, visible = self.config.tensor_parallel, os.environ.get("CUDA_VISIBLE_DEVICES", "")
+            devices = self.config.gpus or (visible.split(",") if visible else range(self.config.num_servers * size))
+            mine = list(devices)[server_index * size : (server_index + 1) * size]
+            settings["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, mine))
         else:
             # Spinning OpenMP threads beside a busy trainer cost a factor of ten; compilation costs 20 s at the first request.
             settings |= {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-        # torchrun's variables would make the engine join the trainer's process group
-        torchrun = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK", "ROLE_RANK"}
-        return {name: value for name, value in os.environ.items() if name not in torchrun} | settings
+        return {name: value for name, value in os.environ.items() if name not in TORCHRUN_VARIABLES} | settings
 
     def _max_model_tokens(self) -> int:
         config, wanted = self.config, self.config.max_prompt_tokens + self.config.max_new_tokens
         if config.num_servers < 1:
             raise ValueError(f"rollout.num_servers is {config.num_servers}; give at least 1, or rollout.urls to attach to servers")
         if config.gpus and len(config.gpus) != config.num_servers * config.tensor_parallel:
-            raise ValueError(f"rollout.gpus names {len(config.gpus)} devices; num_servers * tensor_parallel needs "
-                             f"{config.num_servers * config.tensor_parallel}")
+            needed = config.num_servers * config.tensor_parallel
+            raise ValueError(f"rollout.gpus names {len(config.gpus)} devices; num_servers * tensor_parallel needs {needed}")
         if not (self.model_path / "config.json").is_file():
             raise ValueError(f"{self.model_path} is no Hugging Face model folder: it has no config.json")
         positions = json.loads((self.model_path / "config.json").read_text())["max_position_embeddings"]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from contextlib import closing
 
 from pivotrl.config import DomainConfig
-from pivotrl.environments.sql import Database, QueryFailed, Result, call_fault, mismatch
+from pivotrl.environments.sql import Database, QueryFailed, Result, call_fault, database_folder, mismatch
 from pivotrl.types import Action, Candidate, ToolCall, Verdict
 
 
@@ -13,9 +13,14 @@ class SqlVerifier:
     """Runs the expert's query and every sampled one on the candidate's own database (state["db"]).
 
     Half of `domain.verifier_timeout_s` is shared equally by the queries of one `verify`, so that the whole never outlasts it.
+
+    Raises:
+        ValueError: domain.data_path is not set.
+        FileNotFoundError: it holds no databases.
     """
 
     def __init__(self, domain: DomainConfig):
+        database_folder(domain)  # a wrong path must fail here, not as a dropped sample each time
         self._domain = domain
 
     def verify(self, candidate: Candidate, actions: Sequence[Action]) -> list[Verdict]:

@@ -1,14 +1,18 @@
 import random
+import sys
 import time
+from pathlib import Path
 
 import httpx
 import pytest
 import torch
-from fake_server import FakeService, hf_weights, real_service, write_config, write_tiny_model
 
-from pivotrl.config import RolloutConfig
-from pivotrl.rollout.client import RolloutClient, SampleRequest
-from pivotrl.weight_sync import push
+sys.path.insert(0, str(Path(__file__).parent))
+from fake_server import FakeService, hf_weights, real_service, write_config, write_tiny_model  # noqa: E402
+
+from pivotrl.config import RolloutConfig  # noqa: E402
+from pivotrl.rollout.client import RolloutClient, SampleRequest  # noqa: E402
+from pivotrl.weight_sync import push  # noqa: E402
 
 
 @pytest.fixture
@@ -144,6 +148,14 @@ def test_rollout_logprobs_are_those_of_the_sampling_distribution(real, temperatu
         assert torch.allclose(torch.tensor(completion.logprobs), expected, atol=1e-4)
 
 
+def test_temperature_zero_is_greedy(real):
+    client, model = real
+    ((completion,),) = client.sample([SampleRequest(prompt=PROMPT, n=1, seed=1, max_tokens=20, temperature=0.0)])
+    with torch.no_grad():
+        logits = model(torch.tensor([[*PROMPT, *completion.token_ids]])).logits[0, len(PROMPT) - 1 : -1]
+    assert list(completion.token_ids) == logits.argmax(-1).tolist()
+
+
 def test_the_stop_token_and_its_logprob_are_part_of_the_completion(real):
     client, model = real
     stops = tuple(range(0, 256, 4))
@@ -162,6 +174,13 @@ def test_a_seed_gives_the_same_actions_in_any_company(real):
     others = [SampleRequest(prompt=PROMPT[i:], n=4, seed=i, max_tokens=20) for i in range(10)]
     together = client.sample([*others, wanted])[-1]
     assert [completion.token_ids for completion in together] == [completion.token_ids for completion in alone]
+
+
+def test_more_prompts_than_one_engine_step_takes(real):
+    client, _ = real
+    prompts = [tuple(random.Random(i).choices(range(256), k=190)) for i in range(60)]
+    results = client.sample([SampleRequest(prompt=prompt, n=2, seed=i, max_tokens=4) for i, prompt in enumerate(prompts)])
+    assert len(results) == 60 and client.metrics.restarts == client.metrics.retries == 0
 
 
 def test_the_engine_refuses_what_it_cannot_do(real):

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import httpx
 import pytest
-from fake_server import FakeService, write_config
 
-from pivotrl.config import RolloutConfig
-from pivotrl.rollout import WeightFile
-from pivotrl.rollout.service import RolloutService
+sys.path.insert(0, str(Path(__file__).parent))
+from fake_server import FakeService, write_config  # noqa: E402
+
+from pivotrl.config import RolloutConfig  # noqa: E402
+from pivotrl.rollout import WeightFile  # noqa: E402
+from pivotrl.rollout.service import RolloutService  # noqa: E402
 
 
 @pytest.fixture
@@ -103,7 +105,7 @@ ORPHAN_MAKER = """
 import sys, time
 from pathlib import Path
 from fake_server import FakeService, write_config
-from pivotrl.config import RolloutConfig
+from pivotrl.config import RolloutConfig  # noqa: E402
 folder = Path(sys.argv[1])
 config = RolloutConfig(max_prompt_tokens=100, max_new_tokens=50, weights_dir=str(folder))
 service = FakeService(config, write_config(folder / "model"), folder / "logs", seed=0)

@@ -107,6 +107,12 @@ def test_an_expert_that_fails_here_is_an_error_not_a_zero(domain: DomainConfig):
         score(domain, action("SELECT STR_TO_DATE('x')"), action("SELECT 1"))
 
 
+def test_a_wrong_path_fails_at_once(domain: DomainConfig, tmp_path: Path):
+    domain.data_path = str(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="nowhere/sqlite does not exist"):
+        build_verifier("sql", domain)
+
+
 def test_messages_and_submissions(domain: DomainConfig):
     talk = Action(content="There are 3 singers.")
     verdicts = score(domain, talk, Action(content=" there are 3 singers"), Action(content="4"), action("SELECT 1"))
