@@ -13,7 +13,7 @@ setup: .venv/.installed
 .venv/.installed: constraints.txt pyproject.toml
 	test -x $(UV) || (python3 -m venv .tools && .tools/bin/pip install --quiet uv)
 	test -x $(PYTHON) || $(UV) venv --quiet --python 3.12 .venv
-	$(UV) pip sync --quiet --python $(PYTHON) constraints.txt
+	$(UV) pip sync --quiet --compile-bytecode --python $(PYTHON) constraints.txt
 	$(UV) pip install --quiet --python $(PYTHON) --no-deps --editable .
 	touch $@
 

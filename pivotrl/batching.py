@@ -158,18 +158,32 @@ def pack(items: Sequence[Item], *, max_row_tokens: int, shared_prefix: bool) -> 
     for index, item in enumerate(items):
         units.setdefault(item.unit, []).append(index)
     forest, members = _Forest(shared_prefix), []
+
+    def close_row() -> None:
+        nonlocal forest, members
+        if members:
+            rows.append(_make_row(forest, items, members))
+        forest, members = _Forest(shared_prefix), []
+
     for unit in units.values():
+        alone = _Forest(shared_prefix)
         for index in unit:
-            item = items[index]
-            if len(item.token_ids) > max_row_tokens:
-                raise ValueError(f"a sequence of {len(item.token_ids)} tokens exceeds batching.max_row_tokens={max_row_tokens}; raise it or lower the prompt limit")
-            if members and forest.num_tokens + forest.cost_of(item.token_ids) > max_row_tokens:
-                rows.append(_make_row(forest, items, members))
-                forest, members = _Forest(shared_prefix), []
-            forest.add(item.token_ids)
+            if len(items[index].token_ids) > max_row_tokens:
+                raise ValueError(
+                    f"a sequence of {len(items[index].token_ids)} tokens exceeds batching.max_row_tokens={max_row_tokens}; "
+                    "raise it or lower the prompt limit"
+                )
+            alone.add(items[index].token_ids)
+        first = items[unit[0]].token_ids
+        added = alone.num_tokens - len(first) + forest.cost_of(first)  # what the unit shares with the row stands there already
+        if forest.num_tokens + added > max_row_tokens >= alone.num_tokens:
+            close_row()  # torn apart, the unit would pay for its shared history twice
+        for index in unit:
+            if forest.num_tokens + forest.cost_of(items[index].token_ids) > max_row_tokens:
+                close_row()
+            forest.add(items[index].token_ids)
             members.append(index)
-    if members:
-        rows.append(_make_row(forest, items, members))
+    close_row()
     return rows
 
 
@@ -178,12 +192,13 @@ def _make_row(forest: _Forest, items: Sequence[Item], members: list[int]) -> Row
     where_S: list[int] = []
     targets_S: list[int] = []
     owners_S: list[int] = []
-    values: dict[str, list[float]] = {name: [] for name in items[members[0]].fields}
+    scored = [index for index in members if items[index].scored]
+    values: dict[str, list[float]] = {name: [] for name in items[scored[0]].fields} if scored else {}
     claimed: set[int] = set()
-    for index in members:
+    for index in scored:
         item = items[index]
-        if not item.scored:
-            continue
+        assert min(item.scored) > 0, "the first token of a sequence has nothing that predicts it"
+        assert {name: len(column) for name, column in item.fields.items()} == dict.fromkeys(values, len(item.scored))
         where = forest.locate(item.token_ids, claimed)
         where_S += [where[t - 1] for t in item.scored]
         targets_S += [item.token_ids[t] for t in item.scored]

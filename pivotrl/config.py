@@ -166,8 +166,12 @@ class SftConfig:
 
 @dataclass
 class ParallelConfig:
-    """Megatron layout; data parallelism is what is left of the processes that torchrun started."""
+    """Megatron layout; data parallelism is what is left of the processes that torchrun started.
 
+    `processes` asks recipes/run_pipeline.py for more processes than the layout needs: 2 alone is data parallelism of two.
+    """
+
+    processes: int | None = None
     tensor: int = 1
     pipeline: int = 1
     virtual_pipeline: int | None = None

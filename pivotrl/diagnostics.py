@@ -41,3 +41,10 @@ def normalised(metrics: dict[str, float]) -> dict[str, float]:
     """Weighted sums divided by the weight that took part; the loss itself is already an average over the whole step."""
     averages = ("clip_fraction", "importance_mean", "entropy", "logprob_gap", "kl")
     return {name: value / metrics["weight"] if name in averages else value for name, value in metrics.items() if name != "weight"}
+
+
+def totals(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Sums over a run's metrics rows (all starts of a resumed run), for the manifest."""
+    names = ("rollout_turns", "rollout_tokens", "train_tokens", "weight_syncs")
+    sums = {name: sum(row.get(name, 0) for row in rows) for name in names}
+    return {**sums, "weight_syncs_verified": sums["weight_syncs"]}

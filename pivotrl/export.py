@@ -1,6 +1,5 @@
 """Writes a policy as a Hugging Face folder that transformers and vLLM load, and proves it by comparing logprobs."""
 
-
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -116,7 +115,7 @@ def check_export(policy: Policy, folder: Path, token_rows: Sequence[Sequence[int
     """
     rows = [pack([Item(list(row), range(1, len(row)))], max_row_tokens=len(row), shared_prefix=False)[0] for row in token_rows]
     logprobs = policy.logprobs(rows, temperature=1.0)
-    worst = 0.0
+    differences = []
     if parallel.is_main():
         from transformers import AutoModelForCausalLM
 
@@ -125,8 +124,11 @@ def check_export(policy: Policy, folder: Path, token_rows: Sequence[Sequence[int
             tokens = row.token_ids_T[None]
             with torch.no_grad():
                 expected = model(tokens).logits[0, :-1].float().log_softmax(-1).gather(1, tokens[0, 1:, None])[:, 0]
-            worst = max(worst, (expected - found).abs().max().item())
-    worst = parallel.broadcast(worst)
+            differences.append((expected - found).abs().max())
+    # torch's max keeps a nan, Python's may not
+    worst = parallel.broadcast(torch.stack(differences).max().item() if differences else None)
     if not worst <= tolerance:
-        raise RuntimeError(f"{folder}: exported logprobs differ from the policy's by {worst:.2e} nats, allowed {tolerance:.0e}; the export is not usable")
+        raise RuntimeError(
+            f"{folder}: exported logprobs differ from the policy's by {worst:.2e} nats, allowed {tolerance:.0e}; the export is not usable"
+        )
     return worst

@@ -27,8 +27,8 @@ def check(config: Config) -> None:
     """Raises ValueError for settings under which the loss would not mean what it says."""
     if config.rollout.top_p != 1.0 or config.rollout.temperature <= 0:
         raise ValueError(
-            f"rollout.top_p={config.rollout.top_p}, rollout.temperature={config.rollout.temperature}: training needs top_p=1.0 and a temperature "
-            "above 0, so that rollout logprobs and policy logprobs are of the same distribution"
+            f"rollout.top_p={config.rollout.top_p}, rollout.temperature={config.rollout.temperature}: training needs top_p=1.0 "
+            "and a temperature above 0, so that rollout logprobs and policy logprobs are of the same distribution"
         )
     if config.algorithm.group_size < 2:
         raise ValueError(f"algorithm.group_size={config.algorithm.group_size}: a group needs two samples at least to have an advantage")
@@ -41,7 +41,6 @@ class Trainer:
         self.config, self.policy, self.pivots, self.sampler, self.log = config, policy, pivots, sampler, log
         self.version = 0
         self.timer = Timer()
-        self.totals = {"rollout_turns": 0, "rollout_tokens": 0, "train_tokens": 0, "weight_syncs": 0, "weight_syncs_verified": 0}
 
     def start(self, version: int) -> None:
         """Prove that the engines sample from the policy: as loaded, and again after a push, before anything depends on it."""
@@ -58,9 +57,10 @@ class Trainer:
             with self.timer("rollout"):
                 groups = self.sample(step)
             minibatches, stats = parallel.broadcast(self.build(groups) if groups is not None else None)
-            for number, rows in enumerate(minibatches):
-                with self.timer("logprobs"):
+            with self.timer("logprobs"):
+                for rows in minibatches:
                     self.add_logprobs(rows)
+            for number, rows in enumerate(minibatches):
                 with self.timer("update"):
                     metrics = self.policy.train_step(
                         rows, partial(grpo_loss, algorithm=algorithm), temperature=self.config.rollout.temperature, step=step
@@ -72,6 +72,7 @@ class Trainer:
                 with self.timer("weight_sync"):
                     self.version += 1
                     self.push()
+                stats["weight_syncs"] = 1  # each was verified, or push would have raised
             if self.log is not None:
                 self.report(step, stats)
             if (step + 1) % algorithm.checkpoint_every == 0 or step + 1 == algorithm.num_steps:
@@ -130,11 +131,7 @@ class Trainer:
         """Send the policy's weights to the engines as the present version; the first time, compare logprobs afterwards."""
         service = self.sampler.client.service if self.sampler else None
         report = weight_sync.push(self.policy.hf_weights(), service, version=self.version)
-        if report is None:
-            return
-        self.totals["weight_syncs"] += 1
-        self.totals["weight_syncs_verified"] += report.verified
-        if not report.verified:
+        if report is not None and not report.verified:
             raise RuntimeError(f"weight sync {self.version}: a rollout server does not report the new version; see its log")
 
     def check_engine(self, num_rows: int = 4) -> None:
@@ -159,8 +156,8 @@ class Trainer:
         gap, limit = metrics["logprob_gap"] / metrics["weight"], self.config.rollout.max_mean_logprob_gap
         if not gap <= limit:
             raise RuntimeError(
-                f"step {step}: mean |rollout - policy logprob| is {gap:.2e}, over rollout.max_mean_logprob_gap={limit:.2e}: the engine does "
-                "not sample from the trained weights; look at the weight sync and at precision.* before raising the limit"
+                f"step {step}: mean |rollout - policy logprob| is {gap:.2e}, over rollout.max_mean_logprob_gap={limit:.2e}: the engine "
+                "does not sample from the trained weights; look at the weight sync and at precision.* before raising the limit"
             )
 
     def report(self, step: int, stats: dict[str, float]) -> None:
@@ -168,15 +165,15 @@ class Trainer:
         assert self.log is not None and self.sampler is not None
         seconds = self.timer.take()
         stats |= seconds
-        for name in ("rollout_turns", "rollout_tokens", "train_tokens"):
-            self.totals[name] += stats[name]
         stats["rollout_tokens_per_s"] = stats["rollout_tokens"] / max(seconds["rollout_s"], 1e-9)
         if "update_s" in seconds:
             stats["train_tokens_per_s"] = stats["train_tokens"] / seconds["update_s"]
         stats |= {"policy_version": self.version, "restarts": self.sampler.client.metrics.restarts, "peak_rss_gib": peak_rss_gib()}
         self.log.log(step, stats)
         show = ("reward_mean", "reward_std", "dead_group_share", "entropy", "logprob_gap")
-        print(f"step {step + 1}/{self.config.algorithm.num_steps} " + " ".join(f"{k} {stats[k]:.3g}" for k in show if k in stats), flush=True)
+        print(
+            f"step {step + 1}/{self.config.algorithm.num_steps} " + " ".join(f"{k} {stats[k]:.3g}" for k in show if k in stats), flush=True
+        )
 
 
 def step_pivots(pivots: Sequence[Pivot], count: int, *, step: int, seed: int) -> list[Pivot]:
@@ -195,6 +192,7 @@ def step_pivots(pivots: Sequence[Pivot], count: int, *, step: int, seed: int) ->
 def group_items(groups: Sequence[Group], algorithm: AlgorithmConfig) -> list[Item]:
     """Scored sequences of all groups with signal. Groups without cost nothing, but still count in the average.
 
+    (Their gradient is zero, but for the KL penalty where kl_beta > 0, which is thus taken on pivots with signal only.)
     Samples whose verifier failed are left out of everything.
     """
     judged = [(group, [r for r in group.rollouts if r.verdict.status == "ok"]) for group in groups]

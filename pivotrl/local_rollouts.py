@@ -1,4 +1,4 @@
-"""Local rollouts: sample one-turn actions from candidates' histories, parse them, verify them. Profiling, training and evaluation share it."""
+"""Local rollouts: one-turn actions sampled from candidates' histories, parsed and verified; all stages that sample share it."""
 
 import hashlib
 from collections import deque
@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pivotrl import weight_sync
 from pivotrl.candidates import load_tools
 from pivotrl.config import Config, RolloutConfig
 from pivotrl.render import Renderer
@@ -71,12 +72,22 @@ class Sampler:
 
     @staticmethod
     def _finish(
-        candidates: Sequence[Candidate], index: int, completions: list[Completion], texts: list[str], actions: list[Action], verdicts: Future
+        candidates: Sequence[Candidate],
+        index: int,
+        completions: list[Completion],
+        texts: list[str],
+        actions: list[Action],
+        verdicts: Future,
     ) -> tuple[int, list[LocalRollout], list[Action]]:
         rows = zip(completions, texts, actions, verdicts.result(), strict=True)
         rollouts = [
             LocalRollout(
-                candidate_id=candidates[index].id, index=i, completion=completion, text=text, verdict=verdict, num_calls=len(action.tool_calls)
+                candidate_id=candidates[index].id,
+                index=i,
+                completion=completion,
+                text=text,
+                verdict=verdict,
+                num_calls=len(action.tool_calls),
             )
             for i, (completion, text, action, verdict) in enumerate(rows)
         ]
@@ -87,7 +98,7 @@ class Sampler:
 def open_sampler(config: Config, policy: Path) -> Iterator[Sampler]:
     """A sampler on rollout servers of its own (or config.rollout.urls) that start with the weights in `policy`.
 
-    The servers start in the background: the first request waits for them.
+    Own servers start in the background: the first request waits for them. Attached ones are given the weights at once.
     """
     if not (policy / "config.json").exists():
         raise FileNotFoundError(f"no Hugging Face policy at {policy}: run recipes/train_sft.py, or set model.hf_path")
@@ -96,7 +107,19 @@ def open_sampler(config: Config, policy: Path) -> Iterator[Sampler]:
     with VerifierPool(config.domain.verifier, config.domain) as verifier:
         service.start()
         try:
+            if config.rollout.urls:  # somebody else's servers may hold any weights, such as those of the run before
+                weight_sync.push(_weights(policy), service, version=0)
             with RolloutClient(service) as client:
                 yield Sampler(renderer, Path(config.candidates_path), config.rollout, client, verifier)
         finally:
             service.close()
+
+
+def _weights(policy: Path) -> Iterator[tuple[str, Any]]:
+    """(name, tensor) of everything in a Hugging Face folder."""
+    from safetensors import safe_open
+
+    for file in sorted(policy.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a dictionary
+                yield name, tensors.get_tensor(name)

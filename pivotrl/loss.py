@@ -20,7 +20,8 @@ def grpo_loss(logprobs_S: Tensor, fields: dict[str, Tensor], algorithm: Algorith
     """Clipped surrogate with truncated importance sampling and a k3 KL penalty to the reference policy.
 
     J = E[min(w A, clip(w, 1 - clip_low, 1 + clip_high) A)] - beta KL(pi || pi_0), token level (method, section 3);
-    each token is multiplied by min(pi_old / pi_rollout, importance_cap), which corrects trainer/engine drift.
+    each token is multiplied by min(pi_old / pi_rollout, importance_cap), which corrects trainer/engine drift
+    (importance_cap None: no correction).
 
     Args:
         logprobs_S: policy logprobs of the S scored tokens, with gradient.

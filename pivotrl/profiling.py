@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from pivotrl.advantage import has_signal
 from pivotrl.config import Config
 from pivotrl.local_rollouts import Sampler, seed_of
 from pivotrl.metrics import progress
@@ -29,10 +30,14 @@ def summarise(candidate_id: str, rollouts: list[LocalRollout], strict: list[Verd
     rewards = [sample.reward for sample in samples if sample.status == "ok"]
     dropped = len(samples) - len(rewards)
     if len(rewards) < 2:
-        return Profile(candidate_id=candidate_id, samples=samples, num_dropped=dropped, prompt_tokens=prompt_tokens, excluded="verifier_failed")
+        return Profile(
+            candidate_id=candidate_id, samples=samples, num_dropped=dropped, prompt_tokens=prompt_tokens, excluded="verifier_failed"
+        )
     mean = sum(rewards) / len(rewards)
-    variance = sum((reward - mean) ** 2 for reward in rewards) / len(rewards)
-    return Profile(candidate_id=candidate_id, samples=samples, mean=mean, variance=variance, num_dropped=dropped, prompt_tokens=prompt_tokens)
+    variance = sum((reward - mean) ** 2 for reward in rewards) / len(rewards) if has_signal(rewards) else 0.0  # no rounding dust
+    return Profile(
+        candidate_id=candidate_id, samples=samples, mean=mean, variance=variance, num_dropped=dropped, prompt_tokens=prompt_tokens
+    )
 
 
 def profile(config: Config, sampler: Sampler) -> dict[str, float]:

@@ -5,13 +5,11 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 
 from pivotrl.types import Record
-
-R = TypeVar("R", bound=Record)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -37,7 +35,7 @@ def write_jsonl(path: Path, records: Iterable[Record]) -> int:
     return len(lines)
 
 
-def read_jsonl(path: Path, kind: type[R]) -> list[R]:
+def read_jsonl[R: Record](path: Path, kind: type[R]) -> list[R]:
     """Read a file that `write_jsonl` or a `Journal` wrote.
 
     Raises:
@@ -47,7 +45,7 @@ def read_jsonl(path: Path, kind: type[R]) -> list[R]:
     return list(_decode(path, kind))
 
 
-def _decode(path: Path, kind: type[R]) -> Iterator[R]:
+def _decode[R: Record](path: Path, kind: type[R]) -> Iterator[R]:
     decoder = msgspec.json.Decoder(kind)
     data = path.read_bytes()
     lines = data.split(b"\n")
@@ -62,7 +60,7 @@ def _decode(path: Path, kind: type[R]) -> Iterator[R]:
             raise ValueError(f"{path}:{number} is no valid {kind.__name__}: {error}") from error
 
 
-class Journal:
+class Journal[R: Record]:
     """An append-only JSONL file that survives kill -9: a torn last line is cut off when it is opened again.
 
     A stage appends each finished record, and on resume skips what is already there.
@@ -90,7 +88,7 @@ class Journal:
     def close(self) -> None:
         self._file.close()
 
-    def __enter__(self) -> "Journal":
+    def __enter__(self) -> "Journal[R]":
         return self
 
     def __exit__(self, *exception: object) -> None:

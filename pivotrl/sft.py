@@ -56,14 +56,16 @@ def prepare_tokenizer(config: Config, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         copy_tokenizer(Path(config.model.hf_path), folder)
     else:
-        raise ValueError("no tokenizer: set model.hf_path to a Hugging Face folder, or sft.train_tokenizer=true to train one for a new model")
+        raise ValueError(
+            "no tokenizer: set model.hf_path to a Hugging Face folder, or sft.train_tokenizer=true to train one for a new model"
+        )
 
 
 def skill_messages(seed: int) -> list[tuple[Message, ...]]:
     """Conversations (question, answer) of every skill family, training split only."""
     per_family = SKILL_EXAMPLES // len(skills.FAMILIES)
     examples = [e for family in skills.FAMILIES for e in skills.generate(family, per_family, seed=seed, split="train")]
-    return [(*skills.to_messages(e), Message(role="assistant", content=e.answer)) for e in examples]
+    return [tuple(skills.to_messages(example)) for example in examples]
 
 
 def conversation_items(renderer: Renderer, messages: Sequence[Message], tools: Sequence[dict]) -> list[Item]:

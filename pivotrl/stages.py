@@ -52,7 +52,15 @@ _TRAINING = ("model", "parallel", "precision", "batching", "seed")
 
 STAGES: dict[str, StageSpec] = {
     "extract_candidates": StageSpec(
-        ("domain.name", "domain.source", "domain.system_prompt", "domain.num_heldout_tasks", "domain.num_warmup_tasks", "domain.num_train_tasks", "seed"),
+        (
+            "domain.name",
+            "domain.source",
+            "domain.system_prompt",
+            "domain.num_heldout_tasks",
+            "domain.num_warmup_tasks",
+            "domain.num_train_tasks",
+            "seed",
+        ),
         _data,
         lambda c: [Path(c.candidates_path)],
     ),
@@ -94,7 +102,12 @@ def open_stage(name: str, config: Config, *, writes: bool = True) -> Stage:
     spec = STAGES[name]
     run = RunFolder(Path(config.run_dir), writes=writes)
     return run.stage(
-        name, relevant(name, config), spec.inputs(config), outputs=spec.outputs(config), on_change=config.on_change, resolved=to_dict(config)
+        name,
+        relevant(name, config),
+        spec.inputs(config),
+        outputs=spec.outputs(config),
+        on_change=config.on_change,
+        resolved=to_dict(config),
     )
 
 

@@ -14,7 +14,10 @@ def main(config: Config) -> None:
         for label, path in policies(config).items():
             with open_sampler(config, path) as sampler:
                 result = benchmark.evaluate(config, sampler, label)
-            print(label, ", ".join(f"{name} {result[name]:.3f}" for name in ("pivot_reward", "task_success", "out_of_domain") if name in result))
+            print(
+                label,
+                ", ".join(f"{name} {result[name]:.3f}" for name in ("pivot_reward", "task_success", "out_of_domain") if name in result),
+            )
 
 
 if __name__ == "__main__":

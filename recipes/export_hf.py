@@ -11,10 +11,11 @@ def main(config: Config) -> None:
     from pivotrl.stages import final_policy, initial_policy, open_stage, run_path
     from pivotrl.types import Message
 
-    policy = Policy(config, None)
+    parallel.start(config.parallel, config.seed)
     with open_stage("export_hf", config, writes=parallel.is_main()) as stage:
         if stage.done:
             return print(f"already exported to {final_policy(config)}")
+        policy = Policy(config, None)
         last = checkpoint.latest(run_path(config, "checkpoints/grpo"))
         if last is None:
             raise FileNotFoundError(f"no finished checkpoint in {run_path(config, 'checkpoints/grpo')}: run recipes/train_grpo.py")

@@ -7,11 +7,11 @@ from pivotrl.config import Config, run_recipe
 
 
 def main(config: Config) -> None:
-    from pivotrl import grpo
+    from pivotrl import diagnostics, grpo
     from pivotrl.local_rollouts import open_sampler
     from pivotrl.megatron import checkpoint, parallel
     from pivotrl.megatron.policy import Policy
-    from pivotrl.metrics import MetricsLog
+    from pivotrl.metrics import MetricsLog, read
     from pivotrl.records import read_jsonl
     from pivotrl.stages import initial_policy, open_stage, run_path
     from pivotrl.types import Pivot
@@ -29,12 +29,15 @@ def main(config: Config) -> None:
             policy.snapshot_reference()
         last = checkpoint.latest(run_path(config, "checkpoints/grpo"))
         start, version = checkpoint.load(policy, last) if last else (0, 0)
-        log = stack.enter_context(MetricsLog(Path(config.run_dir), "train_grpo", config.logging, resume_step=start)) if main_process else None
+        log = (
+            stack.enter_context(MetricsLog(Path(config.run_dir), "train_grpo", config.logging, resume_step=start)) if main_process else None
+        )
         pivots = read_jsonl(Path(config.pivots_path) / "pivots.jsonl", Pivot)
         trainer = grpo.Trainer(config, policy, pivots, sampler, log)
         trainer.start(version)
         trainer.train(start)
-        stage.count(**trainer.totals)
+        if main_process:
+            stage.count(**diagnostics.totals(read(Path(config.run_dir), "train_grpo")))
     parallel.stop()
 
 

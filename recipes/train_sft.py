@@ -13,10 +13,11 @@ def main(config: Config) -> None:
     from pivotrl.render import Renderer
     from pivotrl.stages import open_stage, run_path
 
-    policy = Policy(config, config.sft.optimizer, num_steps=config.sft.num_steps)
+    parallel.start(config.parallel, config.seed)
     with open_stage("train_sft", config, writes=parallel.is_main()) as stage:
         if stage.done:
             return print(f"the warmed-up policy is already in {run_path(config, 'hf/sft')}")
+        policy = Policy(config, config.sft.optimizer, num_steps=config.sft.num_steps)
         if parallel.is_main():
             sft.prepare_tokenizer(config, run_path(config, "tokenizer"))
         parallel.broadcast(None)

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pivotrl.candidates import tools_key
 from pivotrl.config import Config
 from pivotrl.environments import Environment, build_environment
 from pivotrl.evaluation import skills
@@ -18,7 +17,7 @@ from pivotrl.types import Candidate, Completion, Episode, Message, Trajectory
 
 
 def evaluate(config: Config, sampler: Sampler, label: str) -> dict[str, Any]:
-    """Measure the policy that `sampler` serves; parts that are already in evaluation/<label> are not measured again."""
+    """Measure the policy that `sampler` serves; episodes that are already in evaluation/<label> are not run again."""
     folder = Path(config.run_dir) / "evaluation" / label
     result = {**pivot_reward(config, sampler), **out_of_domain(config, sampler)}
     if config.domain.environment:
@@ -126,7 +125,7 @@ def out_of_domain(config: Config, sampler: Sampler) -> dict[str, Any]:
     scores = {}
     for family in skills.FAMILIES:
         examples = skills.generate(family, config.evaluation.skill_examples, seed=config.seed, split="heldout")
-        prompts = [tuple(sampler.renderer.prompt(skills.to_messages(example), ())) for example in examples]
+        prompts = [tuple(sampler.renderer.prompt(skills.to_messages(example)[:1], ())) for example in examples]
         answers = sampler.client.sample([request_for(config, sampler, prompt, family, 0) for prompt in prompts])
         texts = [sampler.parse(completion, sampler.renderer.decode(completion.token_ids)).content for (completion,) in answers]
         scores[family] = sum(skills.score(example, text) for example, text in zip(examples, texts, strict=True)) / len(examples)

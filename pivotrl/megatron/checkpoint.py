@@ -38,6 +38,7 @@ def save(policy: Policy, folder: Path, step: int, *, version: int = 0, keep_last
     if parallel.is_main():
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
+    policy.settle()
     dist.barrier()
     dist_checkpointing.save(_state(policy, step, version, loading=False), str(partial), content_metadata=_METADATA, async_strategy="mcore")
     dist.barrier()
@@ -45,7 +46,8 @@ def save(policy: Policy, folder: Path, step: int, *, version: int = 0, keep_last
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
         write_bytes(folder / "latest", target.name.encode())
-        for old in sorted(folder.glob("step_*[0-9]"))[:-keep_last]:
+        others = sorted(path for path in folder.glob("step_*[0-9]") if path != target)  # a killed run may have left later steps
+        for old in others[: max(0, len(others) + 1 - keep_last)]:
             shutil.rmtree(old)
     dist.barrier()
     return target

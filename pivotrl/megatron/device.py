@@ -5,6 +5,7 @@ On a machine with CUDA `install()` changes nothing. It must run before the first
 
 import contextlib
 import functools
+import logging
 import sys
 import types
 import warnings
@@ -58,8 +59,7 @@ def install() -> bool:
     if _installed or torch.cuda.is_available():
         return False
     _installed = True
-    # Megatron warns at every import that neither Transformer Engine nor Apex is there; the run says so once, itself.
-    warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*", module="megatron")
+    _quieten()
     # Freeze torch's own list of factories before replacing them, or `with torch.device("meta")` stops working silently.
     torch.utils._device._device_constructors()
     for name in _FACTORIES:
@@ -76,6 +76,20 @@ def install() -> bool:
     _patch_optimizer_dtype_names()
     _patch_uneven_collectives()
     return True
+
+
+def _quieten() -> None:
+    """Silence what Megatron and torch say at every start and no user can act on; real errors still come through."""
+    for message in (
+        ".*(Transformer Engine|Apex).*",
+        ".*invalid escape sequence.*",
+        ".*deprecated.*",
+        ".*experimental.*",
+        ".*non-leaf Tensor.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+    for name in ("torch.utils.cpp_extension", "megatron.core"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _on_cpu(factory: Callable) -> Callable:

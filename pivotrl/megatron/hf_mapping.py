@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from pivotrl.config import ModelConfig
 from pivotrl.megatron.model import unwrap
@@ -75,7 +75,8 @@ def _qkv_pieces(prefix: str, model: ModelConfig, parts: int, rank: int) -> list[
     groups = _part(model.num_query_groups, parts, rank)
     for group in range(groups.start, groups.stop):
         for name, size in (("q", queries), ("k", head), ("v", head)):
-            pieces.append(Piece(slice(row, row + size), f"{prefix}self_attn.{name}_proj.weight", (slice(group * size, (group + 1) * size),)))
+            own = slice(group * size, (group + 1) * size)
+            pieces.append(Piece(slice(row, row + size), f"{prefix}self_attn.{name}_proj.weight", (own,)))
             row += size
     return pieces
 
@@ -145,14 +146,17 @@ def load_hf(model: ModelConfig, chunks: list, folder: Path) -> None:
 
     Raises:
         FileNotFoundError: no safetensors in the folder.
-        ValueError: names missing, unexpected or of another shape; lists them.
+        ValueError: names missing, unexpected or of another shape (lists them), or a file that is damaged.
     """
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{folder} holds no *.safetensors: give a Hugging Face folder with weights (model.hf_path)")
     home: dict[str, Any] = {}
     for file in files:
-        handle = safe_open(file, framework="pt")
+        try:
+            handle = safe_open(file, framework="pt")
+        except SafetensorError as error:
+            raise ValueError(f"{file} is not a whole safetensors file ({error}); copy or write it again") from None
         home.update(dict.fromkeys(handle.keys(), handle))
     expected = hf_shapes(model)
     found = {name: tuple(handle.get_slice(name).get_shape()) for name, handle in home.items()}
@@ -160,9 +164,10 @@ def load_hf(model: ModelConfig, chunks: list, folder: Path) -> None:
         found.pop("lm_head.weight", None)
     faults = [f"missing {name}" for name in expected if name not in found]
     faults += [f"unexpected {name}" for name in found if name not in expected]
-    faults += [f"{name} is {found[name]}, the model wants {expected[name]}" for name in expected if found.get(name, expected[name]) != expected[name]]
+    faults += [f"{name} is {found[name]}, the model wants {shape}" for name, shape in expected.items() if found.get(name, shape) != shape]
     if faults:
-        raise ValueError(f"{folder} does not fit model {model.name!r}: " + "; ".join(faults[:20]) + (f"; and {len(faults) - 20} more" if len(faults) > 20 else ""))
+        more = f"; and {len(faults) - 20} more" if len(faults) > 20 else ""
+        raise ValueError(f"{folder} does not fit model {model.name!r}: " + "; ".join(faults[:20]) + more)
     for param, parts in table(model, chunks):
         for piece in parts:
             param[piece.rows].copy_(home[piece.name].get_slice(piece.name)[piece.index])
@@ -214,7 +219,7 @@ class Gatherer:
                         whole = torch.empty(shape, dtype=part.dtype, device=part.device)
                     whole[tuple(slice(*bounds) for bounds in index)].copy_(part)
                     filled += part.numel()
-            assert rank != 0 or (whole is not None and filled == whole.numel()), f"{name}: {filled} of {shape} values were found in the ranks"
+            assert rank != 0 or (whole is not None and filled == whole.numel()), f"{name}: the ranks hold {filled} values of {shape}"
             yield name, whole
 
 

@@ -47,7 +47,6 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, precision: 
             "moe_router_pre_softmax": not model.norm_topk_prob,
             "moe_router_load_balancing_type": "none",
             "moe_router_dtype": "fp32",
-            "moe_token_dispatcher_type": "alltoall",
             "moe_grouped_gemm": has_transformer_engine(),
         }
     half = model.head_dim // 2
@@ -83,6 +82,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, precision: 
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=precision.params == "bf16",
+        moe_token_dispatcher_type="alltoall",  # the default is refused with variable_seq_lengths, in dense models too
         calculate_per_token_loss=True,
         variable_seq_lengths=True,
         tensor_model_parallel_size=parallel.tensor,

@@ -54,9 +54,9 @@ def _use_group_step_adam() -> None:
 
 
 def build_optimizer(chunks: list, config: OptimizerConfig, precision: PrecisionConfig) -> Any:
-    """Megatron's distributed Adam over the DDP-wrapped model chunks."""
+    """Megatron's distributed Adam over the DDP-wrapped model chunks; norm weights do not decay (Megatron's standard)."""
     from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
-    from megatron.core.optimizer import get_megatron_optimizer
+    from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_overrides
 
     _use_group_step_adam()
     bf16 = precision.params == "bf16"
@@ -73,7 +73,14 @@ def build_optimizer(chunks: list, config: OptimizerConfig, precision: PrecisionC
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         use_distributed_optimizer=True,
     )
-    return get_megatron_optimizer(settings, chunks)
+    optimizer = get_megatron_optimizer(settings, chunks, get_standard_config_overrides(settings))
+    for group in optimizer.param_groups:
+        group["weight_decay"] = config.weight_decay * group["wd_mult"]  # what Megatron's own scheduler would do at each step
+        group.setdefault("step", 0)
+    for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if not inner.is_stub_optimizer:  # else a checkpoint before the first update could not be written
+            inner.init_state_fn(inner.optimizer, inner.config)
+    return optimizer
 
 
 def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:

@@ -1,7 +1,6 @@
 """Process groups and the layout. A recipe runs the same alone (`python recipes/...`) and under torchrun."""
 
 import os
-import socket
 from typing import Any
 
 import torch
@@ -23,16 +22,12 @@ def start(config: ParallelConfig, seed: int) -> None:
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     if not dist.is_initialized():
-        if "RANK" not in os.environ:
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                port = probe.getsockname()[1]
-            os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         else:
             torch.set_num_threads(1)  # more threads than cores spin against each other and stop all progress
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", **alone)
     if parallel_state.model_parallel_is_initialized():
         return
     check_layout(config, dist.get_world_size())

@@ -3,6 +3,8 @@
 Every process of the layout calls the same methods with the same rows; each works on its share.
 """
 
+import functools
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -66,12 +68,15 @@ class Policy:
                 overlap_grad_reduce=config.parallel.overlap_grad_reduce,
                 overlap_param_gather=config.parallel.overlap_param_gather,
             )
-            chunks = [DistributedDataParallel(self.transformer_config, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)]
+            wrap = functools.partial(DistributedDataParallel, self.transformer_config, ddp)
+            chunks = [wrap(chunk, disable_bucketing=index > 0) for index, chunk in enumerate(chunks)]
             for chunk in chunks:
                 chunk.broadcast_params()
             self.optimizer = build_optimizer(chunks, optimizer, config.precision)
             self.transformer_config.finalize_model_grads_func = finalize_model_grads
             self.transformer_config.grad_scale_func = self.optimizer.scale_loss
+            no_sync = [chunk.no_sync for chunk in chunks]  # overlapped gradients are reduced after the last microbatch only
+            self.transformer_config.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
         self.chunks = chunks
         self._gatherer: hf_mapping.Gatherer | None = None
         self._reference: list[Tensor] | None = None
@@ -84,6 +89,7 @@ class Policy:
 
     def hf_weights(self) -> Iterator[tuple[str, Tensor | None]]:
         """(name, whole tensor on the main process, None elsewhere); every process must run it to the end."""
+        self.settle()
         if self._gatherer is None:
             self._gatherer = hf_mapping.Gatherer(self.config.model, self.chunks)
         return self._gatherer.tensors()
@@ -92,8 +98,16 @@ class Policy:
         for chunk in self.chunks:
             yield from chunk.parameters()
 
+    @torch.no_grad()
+    def settle(self) -> None:
+        """With overlap_param_gather the ranks' shares of an update travel in the next training pass: fetch them now."""
+        if self.optimizer is not None and self.config.parallel.overlap_param_gather:
+            for chunk in self.chunks:
+                chunk.start_param_sync(force_sync=True)
+
     def snapshot_reference(self) -> None:
         """Keep the present weights as the reference policy (a copy in host memory)."""
+        self.settle()
         self._reference = [param.detach().to("cpu", copy=True) for param in self.parameters()]
 
     @torch.no_grad()
@@ -110,6 +124,7 @@ class Policy:
 
         With `reference`, those of the reference policy.
         """
+        self.settle()
         if reference:
             self._swap_reference()
         for chunk in self.chunks:
@@ -136,8 +151,8 @@ class Policy:
         lr = learning_rate(self.optimizer_config, step, self.num_steps)
         set_learning_rate(self.optimizer, lr)
         updated, grad_norm, _ = self.optimizer.step()
-        if not updated:
-            raise RuntimeError(f"step {step}: the optimizer refused the update (gradients are not finite, norm {grad_norm})")
+        if not updated or not math.isfinite(grad_norm):  # without a loss scale Megatron applies even nan gradients
+            raise RuntimeError(f"step {step}: the gradients are not finite (norm {grad_norm}); continue from the last checkpoint")
         metrics: dict[str, float] = {}
         for result in results:
             for name, value in result["metrics"].items():

@@ -27,7 +27,7 @@ class Call(NamedTuple):
     mask: Tensor | None
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=16)  # a row is planned once for all layers; masks can be large
 def plan_calls(segments: tuple[tuple[int, int, int], ...]) -> tuple[Call, ...]:
     """Cut a row's segments into attention calls.
 
@@ -39,7 +39,7 @@ def plan_calls(segments: tuple[tuple[int, int, int], ...]) -> tuple[Call, ...]:
 
     def flush() -> None:
         if pending:
-            calls.append(_children_call(segments, pending))
+            calls.append(_block(_ancestors(segments, pending[0]), [segments[child][:2] for child in pending]))
             pending.clear()
 
     for index, (start, end, parent) in enumerate(segments):
@@ -51,19 +51,30 @@ def plan_calls(segments: tuple[tuple[int, int, int], ...]) -> tuple[Call, ...]:
             first, last = segments[pending[0]], segments[pending[-1]]
             if first[2] != parent or last[1] != start or end - first[0] > BLOCK:
                 flush()
-        pending.append(index)
+        if end - start > BLOCK:  # too long for one mask: what is done of it becomes an ancestor of the rest
+            above = _ancestors(segments, index)
+            calls += [_block([*above, (start, low)], [(low, min(low + BLOCK, end))]) for low in range(start, end, BLOCK)]
+        else:
+            pending.append(index)
     flush()
     return tuple(calls)
 
 
-def _children_call(segments: tuple[tuple[int, int, int], ...], children: list[int]) -> Call:
-    start, stop, parent = segments[children[0]][0], segments[children[-1]][1], segments[children[0]][2]
-    ancestors: list[tuple[int, int]] = []
+def _ancestors(segments: tuple[tuple[int, int, int], ...], child: int) -> list[tuple[int, int]]:
+    """Token ranges of all segments above a child, outermost first."""
+    found: list[tuple[int, int]] = []
+    parent = segments[child][2]
     while parent >= 0:
         low, high, parent = segments[parent]
-        ancestors.insert(0, (low, high))
+        found.insert(0, (low, high))
+    return found
+
+
+def _block(ancestors: list[tuple[int, int]], spans: list[tuple[int, int]]) -> Call:
+    """One call for neighbouring spans: each token sees all ancestors, and its own span causally."""
+    start, stop = spans[0][0], spans[-1][1]
     seen = sum(high - low for low, high in ancestors)
-    owner = torch.cat([torch.full((segments[c][1] - segments[c][0],), c) for c in children])
+    owner = torch.cat([torch.full((high - low,), low) for low, high in spans])
     index = torch.arange(stop - start)
     own = (owner[:, None] == owner[None]) & (index[:, None] >= index[None])
     mask = torch.cat([torch.ones(stop - start, seen, dtype=torch.bool), own], dim=1)

@@ -285,7 +285,11 @@ class RolloutService:
             log.write(f"\n--- starting on port {port}\n".encode())
             log.flush()
             server.process = subprocess.Popen(
-                self.command(index, port), env=self.environment(index), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                self.command(index, port),
+                env=self.environment(index),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
                 start_new_session=True,
             )
         arguments = [sys.executable, "-I", "-S", "-c", WATCHDOG, str(os.getpid()), str(server.process.pid)]
@@ -362,9 +366,6 @@ def error_message(response: httpx.Response) -> str:
     with contextlib.suppress(ValueError, KeyError, TypeError):
         return str(response.json()["error"]["message"])
     return response.text[:2000]
-
-
-
 
 
 def _free_port() -> int:

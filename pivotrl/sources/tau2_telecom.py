@@ -56,6 +56,11 @@ def identify_customer(case: Case) -> Check:
     raise Hopeless("the customer has no line with this number")
 
 
+def line_roaming(case: Case) -> Check:
+    if case.abroad and not case.line["roaming_enabled"]:
+        yield use("enable_roaming", **case.line_key)
+
+
 def airplane_mode(case: Case) -> Check:
     if "Airplane Mode" in (yield use("check_status_bar")):
         yield use("toggle_airplane_mode")
@@ -106,8 +111,6 @@ def mobile_data(case: Case) -> Check:
         yield use("toggle_data")
     if case.abroad and "Data Roaming Enabled: No" in status:
         yield use("toggle_roaming")
-    if case.abroad and not case.line["roaming_enabled"]:
-        yield use("enable_roaming", **case.line_key)
 
 
 def network_mode(case: Case) -> Check:
@@ -158,7 +161,8 @@ def confirm_mms(case: Case) -> Check:
         raise Hopeless("MMS messages still cannot be sent")
 
 
-CONNECTION = (identify_customer, airplane_mode, sim_card, suspended_line)
+# The account first, while its details are on the table, then the device.
+CONNECTION = (identify_customer, line_roaming, airplane_mode, sim_card, suspended_line)
 DATA = (mobile_data, network_mode, data_allowance)
 CHECKS: dict[str, tuple[Callable[[Case], Check], ...]] = {  # by a phrase of the ticket
     "phone service": (*CONNECTION, access_point, confirm_signal),

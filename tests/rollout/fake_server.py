@@ -51,8 +51,9 @@ class FakeVllm(BaseHTTPRequestHandler):
             tokens = random.Random(f"{params['seed'] + i} {body['token_ids']}").choices(range(1000), k=params["max_tokens"])
             content = [{"token_id": token, "logprob": -1.0} for token in tokens]
             span = {"version": FakeVllm.version, "start": 0, "end": len(tokens)}
-            choices.append({"index": i, "finish_reason": "length", "token_ids": tokens, "logprobs": {"content": content},
-                            "weight_versions": [span]})
+            choices.append(
+                {"index": i, "finish_reason": "length", "token_ids": tokens, "logprobs": {"content": content}, "weight_versions": [span]}
+            )
         self.reply(200, {"choices": choices})
 
     def reply(self, status, payload):
@@ -83,7 +84,7 @@ class ServiceWithSwitch(RolloutService):
         return environment | {"PYTHONPATH": f"{environment['PYTHONPATH']}{os.pathsep}{self.model_path.parent}"}
 
 
-SWITCH_EXTENSION = '''
+SWITCH_EXTENSION = """
 from pivotrl.rollout.receiver import UnquantizedFusedMoEMethod as Method, WorkerExtension
 
 class SwitchExtension(WorkerExtension):
@@ -93,7 +94,7 @@ class SwitchExtension(WorkerExtension):
         else:
             Method._setup_kernel = type(self).repaired
         return {}
-'''
+"""
 _started: list[RolloutService] = []
 
 
@@ -126,13 +127,29 @@ def write_tiny_model(folder: Path, seed: int):
     from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     torch.manual_seed(seed)
-    model = Qwen3MoeForCausalLM(
-        Qwen3MoeConfig(
-            vocab_size=260, hidden_size=64, intermediate_size=64, moe_intermediate_size=32, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=2, head_dim=32, num_experts=4, num_experts_per_tok=2,
-            norm_topk_prob=True, max_position_embeddings=512, initializer_range=0.1, tie_word_embeddings=False, eos_token_id=257,
+    model = (
+        Qwen3MoeForCausalLM(
+            Qwen3MoeConfig(
+                vocab_size=260,
+                hidden_size=64,
+                intermediate_size=64,
+                moe_intermediate_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                head_dim=32,
+                num_experts=4,
+                num_experts_per_tok=2,
+                norm_topk_prob=True,
+                max_position_embeddings=512,
+                initializer_range=0.1,
+                tie_word_embeddings=False,
+                eos_token_id=257,
+            )
         )
-    ).float().eval()
+        .float()
+        .eval()
+    )
     model.save_pretrained(folder)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     specials = ["<pad>", "<eos>", "<a>", "<b>"]

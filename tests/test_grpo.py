@@ -1,0 +1,257 @@
+"""The loop around the loss, with a scripted sampler and a policy that only takes notes."""
+
+import math
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from fakes import candidate, completion, make_sampler, renderer  # noqa: E402
+
+from pivotrl import grpo  # noqa: E402
+from pivotrl.config import AdvantageKind, AlgorithmConfig, BatchingConfig, Config, LossLevel, RolloutConfig  # noqa: E402
+from pivotrl.grpo import Trainer, check, group_items, step_pivots  # noqa: E402
+from pivotrl.records import read_jsonl  # noqa: E402
+from pivotrl.types import Completion, Group, LocalRollout, Pivot, Verdict  # noqa: E402
+
+
+def pivots_of(*names: str) -> list[Pivot]:
+    return [Pivot(candidate=candidate(name, history=f"question {name}"), mean=0.5, variance=0.25) for name in names]
+
+
+def group(name: str, *rewards: float | None, lengths=(2, 3, 4, 5), version: int = 0) -> Group:
+    """One rollout per reward, of different lengths; None is a failed verifier."""
+    rollouts = tuple(
+        LocalRollout(
+            candidate_id=name,
+            index=i,
+            completion=Completion(
+                token_ids=tuple(range(50 + 10 * i, 50 + 10 * i + lengths[i])),
+                logprobs=tuple(-0.1 * (t + 1) for t in range(lengths[i])),
+                finish_reason="stop",
+                policy_version=version,
+            ),
+            text="",
+            verdict=Verdict(reward=reward or 0.0, reason="", status="timeout" if reward is None else "ok"),
+        )
+        for i, reward in enumerate(rewards)
+    )
+    return Group(candidate_id=name, trajectory_id=f"trajectory {name}", expert_calls=0, prompt=(1, 2, 3), rollouts=rollouts)
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        (Config(rollout=RolloutConfig(top_p=0.9)), "rollout.top_p=0.9"),
+        (Config(rollout=RolloutConfig(temperature=0.0)), "rollout.temperature=0.0.*temperature above 0"),
+        (Config(algorithm=AlgorithmConfig(group_size=1)), "algorithm.group_size=1: a group needs two"),
+    ],
+)
+def test_settings_that_would_break_the_loss_are_refused(config, text):
+    check(Config(rollout=RolloutConfig(temperature=0.7), algorithm=AlgorithmConfig(group_size=2)))
+    with pytest.raises(ValueError, match=text):
+        check(config)
+
+
+def names(pivots) -> list[str]:
+    return [pivot.candidate.id for pivot in pivots]
+
+
+def test_steps_go_through_all_pivots_before_any_comes_again():
+    pivots = pivots_of(*"abcdefgh")
+    steps = [names(step_pivots(pivots, 4, step=step, seed=0)) for step in range(6)]
+    for epoch in range(3):
+        assert sorted(steps[2 * epoch] + steps[2 * epoch + 1]) == list("abcdefgh")
+    assert len({tuple(step) for step in steps}) == 6, "every epoch has an order of its own"
+    assert steps[3] == names(step_pivots(pivots, 4, step=3, seed=0)) != names(step_pivots(pivots, 4, step=3, seed=1))
+
+
+def test_no_step_holds_a_pivot_twice():
+    pivots = pivots_of(*"abcdefg")
+    steps = [names(step_pivots(pivots, 5, step=step, seed=3)) for step in range(70)]
+    assert all(len(set(step)) == 5 for step in steps)
+    counts = Counter(name for step in steps for name in step)
+    assert set(counts) == set("abcdefg") and max(counts.values()) - min(counts.values()) <= 30
+    assert sorted(names(step_pivots(pivots, 50, step=9, seed=3))) == list("abcdefg"), "few pivots make a smaller step"
+
+
+def test_items_carry_advantages_weights_and_rollout_logprobs():
+    items = group_items([group("p", 1, 0)], AlgorithmConfig(advantage=AdvantageKind.leave_one_out))
+    assert [list(item.token_ids) for item in items] == [[1, 2, 3, 50, 51], [1, 2, 3, 60, 61, 62]]
+    assert [list(item.scored) for item in items] == [[3, 4], [3, 4, 5]]
+    assert items[0].fields == {"weights": [0.2, 0.2], "advantages": [1.0, 1.0], "rollout_logprobs": [-0.1, -0.2]}
+    assert items[1].fields["advantages"] == [-1.0] * 3 and {item.unit for item in items} == {"trajectory p"}
+
+
+def test_sequence_level_weights_every_action_equally():
+    items = group_items([group("p", 1, 0), group("q", 0, 1)], AlgorithmConfig(loss_level=LossLevel.sequence))
+    assert [sum(item.fields["weights"]) for item in items] == pytest.approx([0.25] * 4)
+    assert [len(set(item.fields["weights"])) for item in items] == [1] * 4
+
+
+@pytest.mark.parametrize("level", LossLevel)
+def test_groups_without_signal_have_no_items_but_count(level):
+    """Proposition 3.1: they change nothing, so they cost nothing; the average is still over all sampled actions."""
+    algorithm = AlgorithmConfig(loss_level=level)
+    alone, beside = (
+        group_items([group("p", 1, 0)], algorithm),
+        group_items([group("d", 1, 1), group("p", 1, 0), group("e", 0, 0)], algorithm),
+    )
+    assert [item.unit for item in beside] == ["trajectory p"] * 2
+    for a, b in zip(alone, beside, strict=True):
+        assert a.fields["advantages"] == b.fields["advantages"]
+        assert b.fields["weights"] == pytest.approx([w / 3 for w in a.fields["weights"]])
+    assert group_items([group("d", 1, 1)], algorithm) == group_items([], algorithm) == []
+
+
+def test_samples_whose_verifier_failed_are_left_out_of_everything():
+    items = group_items([group("p", 1, None, 0)], AlgorithmConfig())
+    assert [len(item.scored) for item in items] == [2, 4]
+    assert items[0].fields["advantages"][0] == pytest.approx(1, abs=1e-4) and items[0].fields["weights"] == [1 / 6] * 2
+    assert group_items([group("p", 1, None, None)], AlgorithmConfig()) == [], "one sample is no group"
+
+
+class NotingPolicy:
+    """Logprobs are the number of updates so far (reference: -1); updates and questions are written down."""
+
+    def __init__(self):
+        self.notes: list[tuple] = []
+        self.updates = 0
+
+    def logprobs(self, rows, *, temperature, reference=False):
+        self.notes.append(("reference" if reference else "old", temperature, self.updates))
+        return [torch.full((len(row.positions_S),), -1.0 if reference else float(self.updates)) for row in rows]
+
+    def train_step(self, rows, loss, *, temperature, step):
+        self.notes.append(("update", temperature, step))
+        self.updates += 1
+        self.rows = rows
+        return {"weight": 1.0, "logprob_gap": 0.0, "entropy": 0.5}
+
+    def hf_weights(self):
+        return iter(())
+
+
+@pytest.fixture
+def config(tmp_path) -> Config:
+    return Config(
+        run_dir=str(tmp_path / "run"),
+        rollout=RolloutConfig(temperature=0.5),
+        algorithm=AlgorithmConfig(num_steps=2, pivots_per_step=2, group_size=4, checkpoint_every=50),
+        batching=BatchingConfig(max_row_tokens=200),
+    )
+
+
+@pytest.fixture
+def alone(monkeypatch) -> list[tuple]:
+    """No other processes, no files of checkpoints, no engines; what would have gone there."""
+    events: list[tuple] = []
+    monkeypatch.setattr(grpo.parallel, "broadcast", lambda value: value)
+    monkeypatch.setattr(grpo.checkpoint, "save", lambda policy, folder, step, version: events.append(("save", step, version)))
+    monkeypatch.setattr(grpo.weight_sync, "push", lambda weights, service, version: events.append(("push", version)))
+    return events
+
+
+def make_trainer(config: Config, folder: Path, texts=("right", "wrong", "right", "a longer wrong one")):
+    sampler, client = make_sampler(folder, lambda request: [completion(text) for text in texts], config.rollout)
+    return Trainer(config, NotingPolicy(), pivots_of("a:0", "b:0", "c:0"), sampler, None), client
+
+
+def test_sample_makes_one_group_per_pivot_in_order(config, tmp_path):
+    trainer, client = make_trainer(config, tmp_path)
+    groups = trainer.sample(0)
+    chosen = step_pivots(trainer.pivots, 2, step=0, seed=0)
+    assert [g.candidate_id for g in groups] == names(chosen)
+    for g, pivot in zip(groups, chosen, strict=True):
+        assert g.prompt == tuple(renderer().prompt(pivot.candidate.history, ())) and g.trajectory_id == pivot.candidate.trajectory_id
+        assert [r.verdict.reward for r in g.rollouts] == [1, 0, 1, 0]
+    assert {request.n for request in client.requests} == {4} and {request.temperature for request in client.requests} == {0.5}
+
+
+def test_sample_of_a_restarted_step_is_read_not_drawn_again(config, tmp_path):
+    trainer, client = make_trainer(config, tmp_path)
+    groups = trainer.sample(1)
+    assert read_jsonl(tmp_path / "run" / "rollouts" / "step_000001.jsonl", Group) == groups
+    client.requests.clear()
+    assert trainer.sample(1) == groups and not client.requests
+    trainer.sample(0)
+    assert {request.seed for request in client.requests}, "another step draws afresh"
+
+
+def test_steps_draw_with_seeds_of_their_own(config, tmp_path):
+    config.algorithm.pivots_per_step = 3
+    trainer, client = make_trainer(config, tmp_path)
+    trainer.sample(0)
+    trainer.sample(1)
+    assert len({request.seed for request in client.requests}) == 6
+
+
+def test_other_processes_do_not_sample(config):
+    assert Trainer(config, NotingPolicy(), pivots_of("a"), None, None).sample(0) is None
+
+
+def test_build_packs_live_groups_and_counts_all(config, tmp_path):
+    trainer, _ = make_trainer(config, tmp_path)
+    trainer.version = 5
+    (rows,), stats = trainer.build([group("p", 1, 0, version=5), group("d", 1, 1, version=3), group("q", 0, 1, version=5)])
+    assert sum(len(row.positions_S) for row in rows) == 2 * (2 + 3)
+    assert stats["train_tokens"] == sum(len(row.token_ids_T) for row in rows) == 3 + 2 + 3 + 3, "q repeats the tokens of p"
+    assert (stats["staleness_max"], stats["rollout_turns"], stats["dead_group_share"]) == (2, 6, pytest.approx(1 / 3))
+    assert trainer.build([group("d", 1, 1)])[0] == []
+
+
+def test_minibatches_share_out_the_groups(config, tmp_path):
+    config.algorithm.updates_per_step = 2
+    trainer, _ = make_trainer(config, tmp_path)
+    minibatches, _ = trainer.build([group(name, 1, 0) for name in "abcd"])
+    assert [sum(len(row.positions_S) for row in rows) for rows in minibatches] == [10, 10]
+    for rows in minibatches:
+        assert sum(row.fields["weights"].sum().item() for row in rows) == pytest.approx(1)
+
+
+def test_one_update_on_fresh_rollouts_needs_no_extra_pass(config, tmp_path, alone):
+    trainer, _ = make_trainer(config, tmp_path)
+    trainer.train(0)
+    assert trainer.policy.notes == [("update", 0.5, 0), ("update", 0.5, 1)]
+    assert alone == [("push", 1), ("push", 2), ("save", 2, 2)]
+    assert set(trainer.policy.rows[0].fields) == {"weights", "advantages", "rollout_logprobs"}
+
+
+def test_old_logprobs_are_those_of_the_policy_that_the_step_began_with(config, tmp_path, alone):
+    config.algorithm.updates_per_step, config.algorithm.num_steps = 2, 1
+    trainer, _ = make_trainer(config, tmp_path)
+    trainer.train(0)
+    assert [note[0] for note in trainer.policy.notes] == ["old", "old", "update", "update"]
+    assert all((row.fields["old_logprobs"] == 0).all() for row in trainer.policy.rows), "asked before the first update"
+
+
+def test_a_kl_penalty_asks_the_reference_policy(config, tmp_path, alone):
+    config.algorithm.kl_beta, config.algorithm.num_steps = 0.1, 1
+    trainer, _ = make_trainer(config, tmp_path)
+    trainer.train(0)
+    assert trainer.policy.notes == [("reference", 0.5, 0), ("update", 0.5, 0)]
+    assert all((row.fields["ref_logprobs"] == -1).all() for row in trainer.policy.rows)
+
+
+def test_a_step_without_signal_updates_and_sends_nothing(config, tmp_path, alone):
+    trainer, _ = make_trainer(config, tmp_path, texts=("right",) * 4)
+    trainer.train(0)
+    assert trainer.policy.notes == [] and alone == [("save", 2, 0)] and trainer.version == 0
+
+
+def test_a_resumed_loop_starts_at_its_step(config, tmp_path, alone):
+    trainer, _ = make_trainer(config, tmp_path)
+    trainer.version = 1
+    trainer.train(1)
+    assert alone == [("push", 2), ("save", 2, 2)] and trainer.policy.notes == [("update", 0.5, 1)]
+
+
+@pytest.mark.parametrize("gap", [2e-3, math.nan])
+def test_drift_between_engine_and_trainer_stops_the_run(config, tmp_path, gap):
+    trainer, _ = make_trainer(config, tmp_path)
+    trainer.check_gap({"logprob_gap": 1e-4, "weight": 0.5}, 0)
+    with pytest.raises(RuntimeError, match="step 3.*over rollout.max_mean_logprob_gap=1.00e-03.*weight sync"):
+        trainer.check_gap({"logprob_gap": gap, "weight": 1.0}, 3)
