@@ -1,8 +1,6 @@
 """Tiny policies in every layout, their transformers twins and random rows. Under torchrun it measures layouts and writes JSON:
 
     torchrun --nproc-per-node 2 tests/megatron/layouts.py FOLDER tp2 pp2
-
-Without torchrun it writes the golden losses anew: python tests/megatron/layouts.py --write-golden
 """
 
 import functools
@@ -21,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import Tensor
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -28,13 +27,12 @@ if __name__ == "__main__":
     sys.path.insert(0, str(REPOSITORY))
 
 from pivotrl.batching import Item, Row, pack  # noqa: E402
-from pivotrl.config import AlgorithmConfig, Config, ModelConfig, OptimizerConfig, ParallelConfig, PrecisionConfig  # noqa: E402
+from pivotrl.config import Config, ModelConfig, OptimizerConfig, ParallelConfig, PrecisionConfig  # noqa: E402
 from pivotrl.export import hf_config  # noqa: E402
-from pivotrl.loss import grpo_loss, sft_loss  # noqa: E402
+from pivotrl.loss import sft_loss  # noqa: E402
 from pivotrl.megatron import checkpoint, hf_mapping, parallel  # noqa: E402
 from pivotrl.megatron.policy import Policy  # noqa: E402
 
-GOLDEN = REPOSITORY / "tests" / "golden" / "grpo_tiny.json"
 _SHAPE = {"vocab_size": 256, "hidden_size": 64, "num_attention_heads": 4, "num_query_groups": 2, "head_dim": 16, "max_positions": 512}
 MODELS = {
     "moe": ModelConfig(name="moe", **_SHAPE, num_layers=4, ffn_hidden_size=128, num_experts=8, experts_per_token=2, moe_ffn_hidden_size=32),
@@ -100,8 +98,6 @@ def twin_logprobs(twin: torch.nn.Module, item: Item, temperature: float = 1.0) -
 
 def hf_tensors(twin: torch.nn.Module, get: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
     """`get(parameter)` of every parameter under its name in a Hugging Face checkpoint (transformers itself splits experts)."""
-    from safetensors.torch import load_file
-
     kept = [param.detach().clone() for param in twin.parameters()]
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         for param in twin.parameters():
@@ -265,17 +261,17 @@ def measure(name: str, folder: Path) -> dict[str, float]:
     oracle = torch.load(folder / f"{LAYOUTS[name].model}.pt")
     found: dict[str, float] = {}
     batches = splits(items)
-    for kind in ("shared", "dense"):
-        for temperature, expected in oracle["logprobs"].items():
-            scored = by_item(batches[kind], policy.logprobs(batches[kind], temperature=temperature), len(items))
-            found[f"logprobs {kind} {temperature}"] = max((a - b).abs().max().item() for a, b in zip(scored, expected, strict=True))
+    for kind, temperature in (("shared", 1.0), ("dense", 1.0), ("shared", 0.7)):
+        scored = by_item(batches[kind], policy.logprobs(batches[kind], temperature=temperature), len(items))
+        pairs = zip(scored, oracle["logprobs"][temperature], strict=True)
+        found[f"logprobs {kind} {temperature}"] = max((a - b).abs().max().item() for a, b in pairs)
     for kind, rows in batches.items() if LAYOUTS[name].processes == 1 else list(batches.items())[:3]:
         gradients = gradients_of(policy, rows)
         if main():
             found[f"gradients {kind}"] = relative(gradients, oracle["gradients"])
     loaded = weights_of(policy)
     if main():
-        found["round trip"] = distance(loaded, hf_mapping_source(folder / LAYOUTS[name].model))
+        found["round trip"] = distance(loaded, load_file(folder / LAYOUTS[name].model / "model.safetensors"))
     for step, kind in enumerate(("shared", "dense", "one row")):
         metrics = policy.train_step(batches[kind], sft_loss, temperature=1.0, step=step)
         for key, value in (("loss", oracle["losses"][step]), ("grad_norm", oracle["norms"][step])):
@@ -287,12 +283,6 @@ def measure(name: str, folder: Path) -> dict[str, float]:
     if name in RESUMED:
         found |= resume(policy, name, folder)
     return found
-
-
-def hf_mapping_source(folder: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(folder / "model.safetensors")
 
 
 def resume(policy: Policy, name: str, folder: Path) -> dict[str, float]:
@@ -383,30 +373,7 @@ def measured(processes: int) -> dict[str, dict[str, float]]:
     return json.loads((folder / f"measured_{processes}.json").read_text())
 
 
-def golden_run() -> list[dict[str, float]]:
-    """Three GRPO updates of the tiny policy on fixed rows; old logprobs are those of the start, so that clipping happens."""
-    generator = torch.Generator().manual_seed(7)
-    policy = make_policy(optimizer=replace(OPTIMIZER, lr=2e-4, eps=1e-4))
-    algorithm = AlgorithmConfig(kl_beta=0.1)
-    rows = splits(random_items(2))["shared"]
-    for row, old in zip(rows, policy.logprobs(rows, temperature=1.0), strict=True):
-        noise, drift, advantages = (torch.randn(len(old), generator=generator) for _ in range(3))
-        row.fields = {
-            "weights": torch.full_like(old, 1 / 100),
-            "advantages": advantages + 0.5,  # the loss stays away from zero, where a relative bound would mean nothing
-            "old_logprobs": old,
-            "rollout_logprobs": old + 0.1 * noise,
-            "ref_logprobs": old + 0.3 * drift,
-        }
-    steps = [policy.train_step(rows, functools.partial(grpo_loss, algorithm=algorithm), temperature=1.0, step=step) for step in range(3)]
-    return [{key: metrics[key] for key in ("loss", "grad_norm", "clip_fraction", "kl", "importance_mean")} for metrics in steps]
-
-
 def main(arguments: Sequence[str]) -> None:
-    if arguments == ["--write-golden"]:
-        document = {"regenerate": "python tests/megatron/layouts.py --write-golden", "steps": golden_run()}
-        GOLDEN.write_text(json.dumps(document, indent=2) + "\n")
-        return
     from megatron.core import parallel_state
 
     folder, results = Path(arguments[0]), {}

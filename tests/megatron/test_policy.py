@@ -11,12 +11,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 import layouts  # noqa: E402
-from layouts import GOLDEN, OPTIMIZER, by_item, gradients_of, make_policy, measured, random_items, relative, splits, weights_of  # noqa: E402
+from layouts import OPTIMIZER, REPOSITORY, by_item, gradients_of, make_policy, measured, random_items, relative, splits, weights_of  # noqa: E402
 
 from pivotrl.config import AlgorithmConfig, Config, ParallelConfig  # noqa: E402
 from pivotrl.loss import grpo_loss, sft_loss  # noqa: E402
 from pivotrl.megatron.policy import Policy  # noqa: E402
 
+GOLDEN = REPOSITORY / "tests" / "golden" / "grpo_tiny.json"
 BOUNDS = {"logprobs": 1e-5, "gradients": 1e-5, "loss": 1e-5, "grad_norm": 1e-5, "parameters": 1e-4, "replicas differ": 0.0}
 
 
@@ -140,10 +141,33 @@ def test_scoring_policy_needs_no_optimizer():
     assert len(by_item(rows, without.logprobs(rows, temperature=1.0), len(random_items()))) == len(random_items())
 
 
+def golden_run() -> list[dict[str, float]]:
+    """Three GRPO updates of the tiny policy on fixed rows; old logprobs are those of the start, so that clipping happens."""
+    generator = torch.Generator().manual_seed(7)
+    policy = make_policy(optimizer=replace(OPTIMIZER, lr=2e-4, eps=1e-4))
+    algorithm = AlgorithmConfig(kl_beta=0.1)
+    rows = splits(random_items(2))["shared"]
+    for row, old in zip(rows, policy.logprobs(rows, temperature=1.0), strict=True):
+        noise, drift, advantages = (torch.randn(len(old), generator=generator) for _ in range(3))
+        row.fields = {
+            "weights": torch.full_like(old, 1 / 100),
+            "advantages": advantages + 0.5,  # the loss stays away from zero, where a relative bound would mean nothing
+            "old_logprobs": old,
+            "rollout_logprobs": old + 0.1 * noise,
+            "ref_logprobs": old + 0.3 * drift,
+        }
+    steps = [policy.train_step(rows, partial(grpo_loss, algorithm=algorithm), temperature=1.0, step=step) for step in range(3)]
+    return [{key: metrics[key] for key in ("loss", "grad_norm", "clip_fraction", "kl", "importance_mean")} for metrics in steps]
+
+
 def test_golden_losses():
-    """Three GRPO updates give the recorded numbers. After a wanted change: python tests/megatron/layouts.py --write-golden"""
+    """Three GRPO updates give the recorded numbers. After a wanted change: python tests/megatron/test_policy.py"""
     golden = json.loads(GOLDEN.read_text())["steps"]
-    found = layouts.golden_run()
+    found = golden_run()
     assert golden[2]["clip_fraction"] > 0 and golden[0]["loss"] != golden[1]["loss"]
     for step, (expected, got) in enumerate(zip(golden, found, strict=True)):
         assert got == pytest.approx(expected, rel=1e-6, abs=1e-9), f"step {step}"
+
+
+if __name__ == "__main__":
+    GOLDEN.write_text(json.dumps({"regenerate": "python tests/megatron/test_policy.py", "steps": golden_run()}, indent=2) + "\n")
