@@ -21,7 +21,7 @@ quickstart: setup
 	$(RUN) experiment=quickstart
 
 test: setup
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n 2 --dist loadgroup
 
 lint: setup
 	.venv/bin/ruff check . && .venv/bin/ruff format --check .

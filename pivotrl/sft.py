@@ -125,7 +125,8 @@ def train(config: Config, policy: Policy, renderer: Renderer, log: MetricsLog | 
     for _ in range(start):
         next(stream)
     folder = Path(config.run_dir) / "checkpoints" / "sft"
-    for step in progress(range(start, config.sft.num_steps), total=config.sft.num_steps - start, desc="sft"):
+    steps = range(start, config.sft.num_steps)
+    for step in progress(steps, desc="sft") if log is not None else steps:
         rows = pack(next(stream), max_row_tokens=config.batching.max_row_tokens, shared_prefix=config.batching.shared_prefix)
         metrics = policy.train_step(rows, sft_loss, temperature=1.0, step=step)
         if log is not None:

@@ -25,7 +25,8 @@ def main(config: Config) -> None:
         prompts = [renderer.prompt([Message(role="user", content=text)], ()) for text in ("What does the status bar show?", "12+34=")]
         worst = export.check_export(policy, final_policy(config), prompts, tolerance=1e-4 if config.precision.params == "fp32" else 0.5)
         stage.count(max_logprob_difference=worst)
-        print(f"exported {last} to {final_policy(config)}; largest logprob difference to transformers {worst:.1e}")
+        if parallel.is_main():
+            print(f"exported {last} to {final_policy(config)}; largest logprob difference to transformers {worst:.1e}")
     parallel.stop()
 
 

@@ -3,6 +3,7 @@
 Recipes run as a user starts them, each a process of its own. Most attach to one vLLM server, because a start costs 15 s.
 """
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pivotrl.config import RolloutConfig
+from pivotrl.config import compose
 from pivotrl.rollout.service import RolloutService
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -84,8 +85,11 @@ class Recipes:
     @staticmethod
     def server_pids(process: subprocess.Popen) -> list[int]:
         """The vLLM servers that a recipe started."""
-        children = psutil.Process(process.pid).children(recursive=True)
-        return [child.pid for child in children if "vllm.entrypoints.openai.api_server" in child.cmdline()]
+        found = []
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):  # short-lived ones such as git are gone by now
+                found += [child.pid] if "vllm.entrypoints.openai.api_server" in child.cmdline() else []
+        return found
 
     def stop(self) -> None:
         for process in self.started:
@@ -113,8 +117,8 @@ def warmed(recipes, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def engine(warmed, tmp_path_factory) -> Iterator[str]:
     """The override that attaches a recipe to one running server; recipes give it the weights that they need."""
-    config = RolloutConfig(max_new_tokens=32, max_prompt_tokens=1200, kv_cache_gib=0.1)
-    with RolloutService(config, warmed / "hf" / "sft", tmp_path_factory.mktemp("engine"), seed=0) as service:
+    rollout = compose("experiment=smoke").rollout
+    with RolloutService(rollout, warmed / "hf" / "sft", tmp_path_factory.mktemp("engine"), seed=0) as service:
         service.wait_ready()
         yield f"rollout.urls=[{service.urls[0]}]"
 

@@ -9,6 +9,7 @@ from pivotrl.records import read_jsonl, write_jsonl
 from pivotrl.run_folder import RunFolder
 from pivotrl.types import Action, Candidate, Pivot, Profile, Reject
 
+pytestmark = pytest.mark.timeout(1800)
 shares_the_run = pytest.mark.xdist_group("recipes")
 
 

@@ -7,10 +7,10 @@ import pytest
 from pivotrl import metrics
 from pivotrl.run_folder import RunFolder
 
-pytestmark = pytest.mark.xdist_group("recipes")
+pytestmark = [pytest.mark.xdist_group("recipes"), pytest.mark.timeout(1800)]
 
 LAYOUTS = {"dp2": (), "tp2": ("parallel.tensor=2",), "ep2": ("parallel.expert=2",)}
-WARM_UP = ("sft.num_steps=1", "sft.train_tokenizer=false")
+WARM_UP = ("sft.num_steps=1", "sft.train_tokenizer=false", "sft.skill_share=0")
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from pivotrl.run_folder import RunFolder
 from pivotrl.stages import STAGES
 from pivotrl.types import Candidate, Episode, Group, Pivot, Profile, Trajectory
 
-pytestmark = pytest.mark.xdist_group("recipes")
+pytestmark = [pytest.mark.xdist_group("recipes"), pytest.mark.timeout(1800)]
 
 DIAGNOSTICS = {
     "reward_mean", "reward_std", "dead_group_share", "clip_fraction", "entropy", "grad_norm", "logprob_gap", "truncation_rate",

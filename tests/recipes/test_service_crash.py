@@ -9,15 +9,16 @@ from pivotrl.records import read_jsonl
 from pivotrl.run_folder import RunFolder
 from pivotrl.types import Profile
 
-pytestmark = pytest.mark.xdist_group("recipes")
+pytestmark = [pytest.mark.xdist_group("recipes"), pytest.mark.timeout(1800)]
 
 
 def test_profiling_survives_the_death_of_its_server(recipes, selected, inputs, tmp_path):
     run = tmp_path / "run"
     journal = run / "profiles" / "profiles.journal.jsonl"
     process = recipes.start("profile_candidates", run, *inputs, f"profiles_path={run / 'profiles'}", "rollout.max_inflight=1")
-    recipes.wait_until(process, lambda: journal.exists() and journal.read_bytes().count(b"\n") >= 3)
+    recipes.wait_until(process, lambda: recipes.server_pids(process))
     (server,) = recipes.server_pids(process)
+    recipes.wait_until(process, lambda: journal.exists() and journal.read_bytes().count(b'"samples"') >= 3)
     os.kill(server, signal.SIGKILL)
     finished_before = read_jsonl(journal, Profile)
 

@@ -7,14 +7,14 @@ from pivotrl.records import read_jsonl
 from pivotrl.run_folder import RunFolder
 from pivotrl.types import Candidate, Group, Profile
 
-pytestmark = pytest.mark.xdist_group("recipes")
+pytestmark = [pytest.mark.xdist_group("recipes"), pytest.mark.timeout(1800)]
 
 
 def test_sql_from_extraction_to_training(recipes, shared_data, engine, tmp_path):
     run = tmp_path / "run"
     sql = (
         "domain=sql", f"domain.data_path={shared_data / 'intercode_sql'}", "sft.split=train", "domain.num_warmup_tasks=0",
-        "sft.skill_share=0", "algorithm.num_steps=2", engine,
+        "sft.skill_share=0", "sft.num_steps=60", "algorithm.num_steps=2", engine,
     )  # fmt: skip
     for stage in ("extract_candidates", "train_sft", "profile_candidates", "select_pivots", "train_grpo"):
         recipes.run(stage, run, *sql)
