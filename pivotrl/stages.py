@@ -40,7 +40,8 @@ def policies(config: Config) -> dict[str, Path]:
 
 
 def _data(config: Config) -> dict[str, Path]:
-    return {"data": Path(config.domain.data_path)} if config.domain.data_path else {}
+    path = config.domain.data_path
+    return {"data": Path(path)} if path and "://" not in path else {}  # a dataset is known by its name in the config
 
 
 def _candidates(config: Config, *names: str) -> dict[str, Path]:
@@ -55,6 +56,7 @@ STAGES: dict[str, StageSpec] = {
         (
             "domain.name",
             "domain.source",
+            "domain.data_path",
             "domain.system_prompt",
             "domain.num_heldout_tasks",
             "domain.num_warmup_tasks",

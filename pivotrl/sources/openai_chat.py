@@ -3,7 +3,8 @@
     {"messages": [{"role", "content", "tool_calls"?, "tool_call_id"?, "reasoning_content"?}, ...],
      "tools": [schemas]?, "id" or "trajectory_id"?, "task_id"?, "reward" or "success"?, "state": {...}?}
 
-`domain.data_path` is a .jsonl or .jsonl.gz file or a folder of them. A line that cannot be used is a reject, never an error.
+`domain.data_path` is a .jsonl or .jsonl.gz file, a folder of them, or `hf://NAME` for a dataset (hub name or Parquet folder). A line
+that cannot be used is a reject, never an error.
 """
 
 import gzip
@@ -28,6 +29,8 @@ _ROLES: dict[str, Role] = {
 }
 _TEXT_PARTS = ("text", "input_text", "output_text", "reasoning_text", "summary_text")
 
+DATASET = "hf://"
+
 
 class Malformed(ValueError):
     """An input that cannot be converted: `reason` is the word that rejects are counted by."""
@@ -43,12 +46,17 @@ class Malformed(ValueError):
 def jsonl_lines(domain: DomainConfig) -> Iterator[tuple[str, bytes]]:
     """("file:line", bytes) of every non-empty line below domain.data_path, files in the order of their names.
 
+    `hf://NAME` reads the train split of a dataset instead: a name on the Hugging Face hub, or a folder of Parquet files.
+
     Raises:
         ValueError: data_path is not set, or a .gz file is damaged.
         FileNotFoundError: data_path does not exist or holds no .jsonl file.
     """
     if domain.data_path is None:
-        raise ValueError(f"domain {domain.name!r}: set domain.data_path to a .jsonl or .jsonl.gz file or to a folder of them")
+        raise ValueError(f"domain {domain.name!r}: set domain.data_path to a .jsonl or .jsonl.gz file, a folder of them, or hf://DATASET")
+    if domain.data_path.startswith(DATASET):
+        yield from _dataset_rows(domain.data_path.removeprefix(DATASET))
+        return
     root = Path(domain.data_path)
     if not root.exists():
         raise FileNotFoundError(f"domain {domain.name!r}: domain.data_path {root} does not exist")
@@ -67,6 +75,20 @@ def jsonl_lines(domain: DomainConfig) -> Iterator[tuple[str, bytes]]:
         for number, line in enumerate(data.split(b"\n"), start=1):
             if line.strip():
                 yield f"{name}:{number}", line
+
+
+def _dataset_rows(name: str) -> Iterator[tuple[str, bytes]]:
+    from datasets import load_dataset
+
+    for number, row in enumerate(load_dataset(name, split="train"), start=1):
+        yield f"{name}:{number}", msgspec.json.encode(_without_nulls(row))
+
+
+def _without_nulls(value: Any) -> Any:
+    """Columns give every row the keys of all rows, null where a row had none: take those out again."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def decode_object(line: bytes | str, reason: str = "not_json") -> dict[str, Any]:

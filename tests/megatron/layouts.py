@@ -1,6 +1,6 @@
 """Tiny policies in every layout, their transformers twins and random rows. Under torchrun it measures layouts and writes JSON:
 
-    torchrun --nproc-per-node 2 tests/megatron/layouts.py FOLDER tp2 pp2
+torchrun --nproc-per-node 2 tests/megatron/layouts.py FOLDER tp2 pp2
 """
 
 import functools

@@ -121,3 +121,18 @@ def test_real_transcripts(shared_data: Path, name: str, expected: dict[str, int]
         counts.update({"trajectories": 1, "candidates": len(candidates)})
         counts.update(reject.reason for reject in rejects)
     assert counts == expected
+
+
+def test_a_dataset_is_read_like_a_file(tmp_path: Path) -> None:
+    import datasets
+
+    rows = [
+        {"id": "a", "messages": [{"role": "user", "content": "one"}, {"role": "assistant", "content": "1"}]},
+        {"id": "b", "messages": [{"role": "user", "content": "two"}, {"role": "assistant", "content": "2"}], "reward": 1.0},
+    ]
+    folder = tmp_path / "data"
+    folder.mkdir()
+    datasets.Dataset.from_list([dict.fromkeys(rows[1]) | row for row in rows]).to_parquet(folder / "train.parquet")
+    source = OpenAIChatSource(DomainConfig(name="chat", source="openai_chat", verifier="strict", data_path=f"hf://{folder}"))
+    read = [source.read(ref.key) for ref in source.refs()]
+    assert [(t.id, t.messages[1].content, t.reward) for t in read] == [("a", "1", None), ("b", "2", 1.0)]
