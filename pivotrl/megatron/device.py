@@ -65,8 +65,11 @@ def install() -> bool:
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     _patch_cuda_module()
-    import megatron.core.tensor_parallel.random as random
+    compile_, torch.compile = torch.compile, lambda function=None, **_: function or (lambda inner: inner)
+    import megatron.core.tensor_parallel.random as random  # decorates with torch.compile, which would load the compiler: 1.5 s a start
     import megatron.core.transformer.moe.token_dispatcher as dispatcher
+
+    torch.compile = compile_
 
     random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
     # The all-to-all dispatcher wants split sizes as numpy, which upstream only makes of CUDA tensors.

@@ -43,7 +43,7 @@ def test_extraction_goes_on_behind_the_last_trajectory(recipes, tmp_path):
 
 def test_profiling_goes_on_behind_the_last_candidate(recipes, selected, engine, inputs, tmp_path):
     run = tmp_path / "run"
-    slow = (*inputs, engine, f"profiles_path={run / 'profiles'}", "rollout.max_inflight=1")
+    slow = (*inputs, engine, f"profiles_path={run / 'profiles'}", "rollout.max_inflight=1", "domain.verifier_workers=0")
     journal = run / "profiles" / "profiles.journal.jsonl"
     recipes.kill_when(recipes.start("profile_candidates", run, *slow), lambda: count(journal, b'"samples"') >= 3)
     assert status(run, "profile_candidates") == "running"
