@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from pivotrl.batching import Item, pack
 from pivotrl.config import ModelConfig
 from pivotrl.megatron import parallel
 from pivotrl.megatron.policy import Policy
@@ -113,15 +112,14 @@ def check_export(policy: Policy, folder: Path, token_rows: Sequence[Sequence[int
     Raises:
         RuntimeError: the difference exceeds `tolerance` nats.
     """
-    rows = [pack([Item(list(row), range(1, len(row)))], max_row_tokens=len(row), shared_prefix=False)[0] for row in token_rows]
-    logprobs = policy.logprobs(rows, temperature=1.0)
+    logprobs = policy.score(token_rows)
     differences = []
     if parallel.is_main():
         from transformers import AutoModelForCausalLM
 
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=next(policy.parameters()).dtype)
-        for row, found in zip(rows, logprobs, strict=True):
-            tokens = row.token_ids_T[None]
+        for row, found in zip(token_rows, logprobs, strict=True):
+            tokens = torch.tensor([list(row)])
             with torch.no_grad():
                 expected = model(tokens).logits[0, :-1].float().log_softmax(-1).gather(1, tokens[0, 1:, None])[:, 0]
             differences.append((expected - found).abs().max())

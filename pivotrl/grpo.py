@@ -4,16 +4,15 @@ One step: pivots -> G rollouts each -> verdicts -> advantages -> rows -> Megatro
 The main process samples, verifies and logs; every process of the layout takes part in the update.
 """
 
-import random
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 from pivotrl import weight_sync
-from pivotrl.advantage import advantages, has_signal
-from pivotrl.batching import Item, Row, pack
-from pivotrl.config import AlgorithmConfig, Config, LossLevel
+from pivotrl.batching import Row, pack
+from pivotrl.config import Config
 from pivotrl.diagnostics import normalised, rollout_statistics
+from pivotrl.groups import group_items, step_pivots
 from pivotrl.local_rollouts import Sampler, seed_of
 from pivotrl.loss import grpo_loss
 from pivotrl.megatron import checkpoint, parallel
@@ -32,6 +31,11 @@ def check(config: Config) -> None:
         )
     if config.algorithm.group_size < 2:
         raise ValueError(f"algorithm.group_size={config.algorithm.group_size}: a group needs two samples at least to have an advantage")
+    longest = config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
+    if longest > config.batching.max_row_tokens:
+        raise ValueError(
+            f"batching.max_row_tokens={config.batching.max_row_tokens} must hold the longest prompt and action: {longest} tokens"
+        )
 
 
 class Trainer:
@@ -141,12 +145,7 @@ class Trainer:
             chosen = step_pivots(self.pivots, num_rows, step=0, seed=self.config.seed)
             rows = [list(self.sampler.prompt(pivot.candidate)) for pivot in chosen]
         rows = parallel.broadcast(rows)
-        items = [Item(row, range(1, len(row)), unit=str(index)) for index, row in enumerate(rows)]
-        packed = pack(items, max_row_tokens=max(self.config.batching.max_row_tokens, *map(len, rows)), shared_prefix=False)
-        scored: list[list[float]] = [[] for _ in rows]
-        for row, logprobs in zip(packed, self.policy.logprobs(packed, temperature=1.0), strict=True):
-            for owner in row.owners_S.unique().tolist():
-                scored[owner] = logprobs[row.owners_S == owner].tolist()
+        scored = [logprobs.tolist() for logprobs in self.policy.score(rows)]
         if self.sampler is not None:
             gap = weight_sync.check_logprobs(self.sampler.client, rows, scored, max_mean_gap=self.config.rollout.max_mean_logprob_gap)
             print(f"engine check (policy version {self.version}): mean |logprob gap| {gap.mean:.1e}, max {gap.max:.1e}", flush=True)
@@ -174,39 +173,3 @@ class Trainer:
         print(
             f"step {step + 1}/{self.config.algorithm.num_steps} " + " ".join(f"{k} {stats[k]:.3g}" for k in show if k in stats), flush=True
         )
-
-
-def step_pivots(pivots: Sequence[Pivot], count: int, *, step: int, seed: int) -> list[Pivot]:
-    """The pivots of a step: epochs over all pivots, each in an order of its own that only seed and epoch decide."""
-    chosen: dict[int, Pivot] = {}
-    position = step * count
-    while len(chosen) < min(count, len(pivots)):
-        epoch, index = divmod(position, len(pivots))
-        order = list(range(len(pivots)))
-        random.Random(seed_of(seed, "epoch", epoch)).shuffle(order)
-        chosen.setdefault(order[index], pivots[order[index]])  # where two epochs meet, a pivot could come twice
-        position += 1
-    return list(chosen.values())
-
-
-def group_items(groups: Sequence[Group], algorithm: AlgorithmConfig) -> list[Item]:
-    """Scored sequences of all groups with signal. Groups without cost nothing, but still count in the average.
-
-    (Their gradient is zero, but for the KL penalty where kl_beta > 0, which is thus taken on pivots with signal only.)
-    Samples whose verifier failed are left out of everything.
-    """
-    judged = [(group, [r for r in group.rollouts if r.verdict.status == "ok"]) for group in groups]
-    num_sequences = sum(len(rollouts) for _, rollouts in judged)
-    num_tokens = sum(len(r.completion.token_ids) for _, rollouts in judged for r in rollouts)
-    items = []
-    for group, rollouts in judged:
-        rewards = [r.verdict.reward for r in rollouts]
-        if not has_signal(rewards):
-            continue
-        for rollout, advantage in zip(rollouts, advantages(rewards, algorithm.advantage, algorithm.advantage_eps), strict=True):
-            tokens, start = rollout.completion.token_ids, len(group.prompt)
-            size = len(tokens)
-            weight = 1 / num_tokens if algorithm.loss_level == LossLevel.token else 1 / (num_sequences * size)
-            fields = {"weights": [weight] * size, "advantages": [advantage] * size, "rollout_logprobs": list(rollout.completion.logprobs)}
-            items.append(Item([*group.prompt, *tokens], range(start, start + size), unit=group.trajectory_id, fields=fields))
-    return items

@@ -49,7 +49,7 @@ def run(config: Config) -> Counter[str]:
     candidates = {c.id: c for c in read_jsonl(Path(config.candidates_path) / "candidates.jsonl", Candidate)}
     profiles = read_jsonl(Path(config.profiles_path) / "profiles.jsonl", Profile)
     kept, counts = select(profiles, config.profile.rule, max_mean=config.profile.max_mean, seed=config.seed)
-    pivots = [Pivot(candidate=candidates[p.candidate_id], mean=p.mean, variance=p.variance) for p in kept]
+    pivots = [Pivot(candidate=candidates[p.candidate_id], mean=p.mean, variance=p.variance, prompt_tokens=p.prompt_tokens) for p in kept]
     if not pivots:
         raise ValueError(
             f"no pivots among {len(profiles)} profiles ({table_line(counts)}): a policy that never succeeds needs more warm-up, "

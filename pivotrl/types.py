@@ -168,6 +168,7 @@ class Pivot(Record):
     candidate: Candidate
     mean: float
     variance: float
+    prompt_tokens: int = 0
 
 
 class Episode(Record):

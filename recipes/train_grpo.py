@@ -7,7 +7,7 @@ from pivotrl.config import Config, run_recipe
 
 
 def main(config: Config) -> None:
-    from pivotrl import diagnostics, grpo
+    from pivotrl import diagnostics, groups, grpo
     from pivotrl.local_rollouts import open_sampler
     from pivotrl.megatron import checkpoint, parallel
     from pivotrl.megatron.policy import Policy
@@ -32,12 +32,13 @@ def main(config: Config) -> None:
         log = (
             stack.enter_context(MetricsLog(Path(config.run_dir), "train_grpo", config.logging, resume_step=start)) if main_process else None
         )
-        pivots = read_jsonl(Path(config.pivots_path) / "pivots.jsonl", Pivot)
+        every = read_jsonl(Path(config.pivots_path) / "pivots.jsonl", Pivot)
+        pivots = groups.usable(every, config.rollout.max_prompt_tokens)
         trainer = grpo.Trainer(config, policy, pivots, sampler, log)
         trainer.start(version)
         trainer.train(start)
         if main_process:
-            stage.count(**diagnostics.totals(read(Path(config.run_dir), "train_grpo")))
+            stage.count(over_long_pivots=len(every) - len(pivots), **diagnostics.totals(read(Path(config.run_dir), "train_grpo")))
     parallel.stop()
 
 

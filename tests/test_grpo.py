@@ -13,7 +13,8 @@ from fakes import candidate, completion, make_sampler, renderer  # noqa: E402
 
 from pivotrl import grpo  # noqa: E402
 from pivotrl.config import AdvantageKind, AlgorithmConfig, BatchingConfig, Config, LossLevel, RolloutConfig  # noqa: E402
-from pivotrl.grpo import Trainer, check, group_items, step_pivots  # noqa: E402
+from pivotrl.groups import group_items, step_pivots  # noqa: E402
+from pivotrl.grpo import Trainer, check  # noqa: E402
 from pivotrl.records import read_jsonl  # noqa: E402
 from pivotrl.types import Completion, Group, LocalRollout, Pivot, Verdict  # noqa: E402
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pivotrl.batching import Row, balance
+from pivotrl.batching import Item, Row, balance, pack
 from pivotrl.config import Config, OptimizerConfig
 from pivotrl.megatron import device, parallel
 
@@ -134,6 +134,11 @@ class Policy:
             self._swap_reference()
         found = {result["index"]: result["logprobs"] for result in results}
         return [found[index] for index in range(len(rows))]
+
+    def score(self, token_rows: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Logprobs [length - 1] of each plain sequence's tokens, given those before them, at temperature 1."""
+        rows = [pack([Item(tokens, range(1, len(tokens)))], max_row_tokens=len(tokens), shared_prefix=False)[0] for tokens in token_rows]
+        return self.logprobs(rows, temperature=1.0)
 
     def train_step(self, rows: Sequence[Row], loss: LossFunction, *, temperature: float, step: int) -> dict[str, float]:
         """One optimizer update on the sum of `loss` over all rows.

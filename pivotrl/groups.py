@@ -1,0 +1,54 @@
+"""Which pivots a step trains on, and which scored sequences its groups give."""
+
+import random
+from collections.abc import Sequence
+
+from pivotrl.advantage import advantages, has_signal
+from pivotrl.batching import Item
+from pivotrl.config import AlgorithmConfig, LossLevel
+from pivotrl.local_rollouts import seed_of
+from pivotrl.types import Group, Pivot
+
+
+def usable(pivots: Sequence[Pivot], max_prompt_tokens: int) -> list[Pivot]:
+    """The pivots whose histories fit the rollout service; ValueError when there are none."""
+    kept = [pivot for pivot in pivots if pivot.prompt_tokens <= max_prompt_tokens]
+    if not kept:
+        raise ValueError(f"none of {len(pivots)} pivots has a history of at most rollout.max_prompt_tokens={max_prompt_tokens} tokens")
+    return kept
+
+
+def step_pivots(pivots: Sequence[Pivot], count: int, *, step: int, seed: int) -> list[Pivot]:
+    """The pivots of a step: epochs over all pivots, each in an order of its own that only seed and epoch decide."""
+    chosen: dict[int, Pivot] = {}
+    position = step * count
+    while len(chosen) < min(count, len(pivots)):
+        epoch, index = divmod(position, len(pivots))
+        order = list(range(len(pivots)))
+        random.Random(seed_of(seed, "epoch", epoch)).shuffle(order)
+        chosen.setdefault(order[index], pivots[order[index]])  # where two epochs meet, a pivot could come twice
+        position += 1
+    return list(chosen.values())
+
+
+def group_items(groups: Sequence[Group], algorithm: AlgorithmConfig) -> list[Item]:
+    """Scored sequences of all groups with signal. Groups without cost nothing, but still count in the average.
+
+    (Their gradient is zero, but for the KL penalty where kl_beta > 0, which is thus taken on pivots with signal only.)
+    Samples whose verifier failed are left out of everything.
+    """
+    judged = [(group, [r for r in group.rollouts if r.verdict.status == "ok"]) for group in groups]
+    num_sequences = sum(len(rollouts) for _, rollouts in judged)
+    num_tokens = sum(len(r.completion.token_ids) for _, rollouts in judged for r in rollouts)
+    items = []
+    for group, rollouts in judged:
+        rewards = [r.verdict.reward for r in rollouts]
+        if not has_signal(rewards):
+            continue
+        for rollout, advantage in zip(rollouts, advantages(rewards, algorithm.advantage, algorithm.advantage_eps), strict=True):
+            tokens, start = rollout.completion.token_ids, len(group.prompt)
+            size = len(tokens)
+            weight = 1 / num_tokens if algorithm.loss_level == LossLevel.token else 1 / (num_sequences * size)
+            fields = {"weights": [weight] * size, "advantages": [advantage] * size, "rollout_logprobs": list(rollout.completion.logprobs)}
+            items.append(Item([*group.prompt, *tokens], range(start, start + size), unit=group.trajectory_id, fields=fields))
+    return items
