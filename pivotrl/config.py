@@ -195,10 +195,14 @@ class PrecisionConfig:
 
 @dataclass
 class BatchingConfig:
-    """Rows of packed tokens. With shared_prefix a history stands once in a row, followed by its group's actions."""
+    """Rows of packed tokens. With shared_prefix a history stands once in a row, followed by its group's actions.
+
+    At start one group is computed both ways; a gap stops the run, or with fall_back_to_dense turns sharing off.
+    """
 
     max_row_tokens: int = 16_384
     shared_prefix: bool = True
+    fall_back_to_dense: bool = False
 
 
 @dataclass

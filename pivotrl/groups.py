@@ -2,12 +2,16 @@
 
 import random
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from pivotrl.advantage import advantages, has_signal
-from pivotrl.batching import Item
+from pivotrl.batching import Item, pack
 from pivotrl.config import AlgorithmConfig, LossLevel
 from pivotrl.local_rollouts import seed_of
 from pivotrl.types import Group, Pivot
+
+if TYPE_CHECKING:
+    from pivotrl.megatron.policy import Policy
 
 
 def usable(pivots: Sequence[Pivot], max_prompt_tokens: int) -> list[Pivot]:
@@ -52,3 +56,17 @@ def group_items(groups: Sequence[Group], algorithm: AlgorithmConfig) -> list[Ite
             fields = {"weights": [weight] * size, "advantages": [advantage] * size, "rollout_logprobs": list(rollout.completion.logprobs)}
             items.append(Item([*group.prompt, *tokens], range(start, start + size), unit=group.trajectory_id, fields=fields))
     return items
+
+
+def sharing_gap(policy: "Policy", prompt: Sequence[int], actions: Sequence[Sequence[int]], *, temperature: float) -> float:
+    """Mean |difference| in nats between one group's logprobs in a shared-prefix row and in dense rows. Every process calls it."""
+    start = len(prompt)
+    items = [Item([*prompt, *action], range(start, start + len(action))) for action in actions]
+    limit = sum(len(item.token_ids) for item in items)
+    found: list[list[float]] = []
+    for shared in (True, False):
+        rows = pack(items, max_row_tokens=limit, shared_prefix=shared)
+        entries = zip(rows, policy.logprobs(rows, temperature=temperature), strict=True)
+        pairs = [pair for row, logprobs in entries for pair in zip(row.owners_S.tolist(), logprobs.tolist(), strict=True)]
+        found.append([logprob for _, logprob in sorted(pairs, key=lambda pair: pair[0])])  # a stable sort keeps each item's order
+    return sum(abs(a - b) for a, b in zip(*found, strict=True)) / len(found[0])

@@ -12,7 +12,7 @@ from pivotrl import weight_sync
 from pivotrl.batching import Row, pack
 from pivotrl.config import Config
 from pivotrl.diagnostics import normalised, rollout_statistics
-from pivotrl.groups import group_items, step_pivots
+from pivotrl.groups import group_items, sharing_gap, step_pivots
 from pivotrl.local_rollouts import Sampler, seed_of
 from pivotrl.loss import grpo_loss
 from pivotrl.megatron import checkpoint, parallel
@@ -53,6 +53,8 @@ class Trainer:
             self.check_engine()
         self.push()
         self.check_engine()
+        if self.config.batching.shared_prefix:
+            self.check_sharing()
 
     def train(self, start: int) -> None:
         """The loop: from step `start` to algorithm.num_steps."""
@@ -138,17 +140,34 @@ class Trainer:
         if report is not None and not report.verified:
             raise RuntimeError(f"weight sync {self.version}: a rollout server does not report the new version; see its log")
 
-    def check_engine(self, num_rows: int = 4) -> None:
-        """Stop unless engines and trainer give the same logprobs on the expert's own turns (at start-up and after a push)."""
+    def probes(self, count: int = 4) -> list[list[int]]:
+        """The same few histories on every process, for checks."""
         rows: list[list[int]] | None = None
         if self.sampler is not None:
-            chosen = step_pivots(self.pivots, num_rows, step=0, seed=self.config.seed)
+            chosen = step_pivots(self.pivots, count, step=0, seed=self.config.seed)
             rows = [list(self.sampler.prompt(pivot.candidate)) for pivot in chosen]
-        rows = parallel.broadcast(rows)
+        return parallel.broadcast(rows)
+
+    def check_engine(self) -> None:
+        """Stop unless engines and trainer give the same logprobs on the expert's own turns (at start-up and after a push)."""
+        rows = self.probes()
         scored = [logprobs.tolist() for logprobs in self.policy.score(rows)]
         if self.sampler is not None:
             gap = weight_sync.check_logprobs(self.sampler.client, rows, scored, max_mean_gap=self.config.rollout.max_mean_logprob_gap)
             print(f"engine check (policy version {self.version}): mean |logprob gap| {gap.mean:.1e}, max {gap.max:.1e}", flush=True)
+
+    def check_sharing(self) -> None:
+        """Compute one group shared and dense: a gap over the tolerance stops the run, or turns sharing off if so configured."""
+        prompt, *others = self.probes()
+        actions = [other[-16:] for other in others] or [prompt[-16:]]  # any tokens will do
+        gap = sharing_gap(self.policy, prompt, actions, temperature=self.config.rollout.temperature)
+        if gap <= self.config.rollout.max_mean_logprob_gap:
+            return
+        message = f"shared-prefix rows differ from dense rows by {gap:.2e} nats a token"
+        if not self.config.batching.fall_back_to_dense:
+            raise RuntimeError(f"{message}: set batching.shared_prefix=false, or batching.fall_back_to_dense=true to go on by itself")
+        print(f"{message}: going on with dense rows", flush=True)
+        self.config.batching.shared_prefix = False
 
     def check_gap(self, metrics: dict[str, float], step: int) -> None:
         """Every step's rollouts prove the weight sync before them: stop when trainer and engine have drifted apart."""

@@ -256,3 +256,17 @@ def test_drift_between_engine_and_trainer_stops_the_run(config, tmp_path, gap):
     trainer.check_gap({"logprob_gap": 1e-4, "weight": 0.5}, 0)
     with pytest.raises(RuntimeError, match="step 3.*over rollout.max_mean_logprob_gap=1.00e-03.*weight sync"):
         trainer.check_gap({"logprob_gap": gap, "weight": 1.0}, 3)
+
+
+def test_shared_rows_are_compared_with_dense_rows_at_the_start(config, tmp_path, alone):
+    trainer, _ = make_trainer(config, tmp_path)
+    trainer.check_sharing()
+    assert config.batching.shared_prefix
+
+    # a policy whose answer depends on how the tokens are packed, as a broken attention would make it
+    trainer.policy.logprobs = lambda rows, temperature: [torch.full((len(row.positions_S),), float(len(row.token_ids_T))) for row in rows]
+    with pytest.raises(RuntimeError, match="shared-prefix rows differ from dense rows .* batching.shared_prefix=false"):
+        trainer.check_sharing()
+    config.batching.fall_back_to_dense = True
+    trainer.check_sharing()
+    assert not config.batching.shared_prefix

@@ -107,6 +107,8 @@ class TreeAttention(MegatronModule):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, *_: Any, **__: Any) -> Tensor:
         """query [T, 1, heads, D], key and value [T, 1, groups, D] -> [T, 1, heads * D]."""
         segments = tuple(tuple(row) for row in attention_mask.tolist())
+        if query.is_cuda:
+            return self._flex(query, key, value, segments)
         # [T, 1, heads, D] -> [1, heads, T, D]; grouped heads are repeated so that the flash kernel is taken
         q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         if self.num_groups != self.num_heads:
@@ -122,3 +124,37 @@ class TreeAttention(MegatronModule):
                 )
             )
         return torch.cat(outputs, dim=2).permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
+
+    def _flex(self, query: Tensor, key: Tensor, value: Tensor, segments: tuple[tuple[int, int, int], ...]) -> Tensor:
+        """The same through FlexAttention: one fused kernel that skips every block of tokens that do not see each other."""
+        q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+        out = flex_kernel(query.is_cuda)(q, k, v, block_mask=block_mask(segments, str(query.device)), scale=self.scale, enable_gqa=True)
+        return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
+
+
+@functools.cache
+def flex_kernel(compiled: bool) -> Any:
+    """FlexAttention, compiled once per process on a GPU; eager it is only good for tests."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True) if compiled else flex_attention
+
+
+@functools.lru_cache(maxsize=16)
+def block_mask(segments: tuple[tuple[int, int, int], ...], device: str) -> Any:
+    """FlexAttention's block mask of a row's segments."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    count, length = len(segments), segments[-1][1]
+    owner = torch.repeat_interleave(torch.arange(count), torch.tensor([end - start for start, end, _ in segments])).to(device)
+    above = torch.zeros(count, count, dtype=torch.bool)
+    for index, (_, _, parent) in enumerate(segments):
+        if parent >= 0:
+            above[index] = above[parent]
+            above[index, parent] = True
+    above = above.to(device)
+
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return above[owner[query], owner[key]] | ((owner[query] == owner[key]) & (query >= key))
+
+    return create_block_mask(sees, B=None, H=None, Q_LEN=length, KV_LEN=length, device=device)

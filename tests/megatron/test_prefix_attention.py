@@ -105,3 +105,14 @@ def test_siblings_do_not_see_each_other():
     after = layer(query, key, value, torch.tensor(segments))
     assert torch.equal(before[:4], after[:4]) and torch.equal(before[7:], after[7:])
     assert not torch.equal(before[4:7], after[4:7])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_block_mask_of_the_gpu_path_gives_the_same(seed):
+    """FlexAttention uncompiled and forward only: a CPU can do no more; the kernel itself is checked on a GPU."""
+    segments = random_tree(seed, longest=60)
+    generator = torch.Generator().manual_seed(seed)
+    inputs = [torch.randn(segments[-1][1], 1, heads, HEAD, generator=generator) for heads in (4, 2, 2)]
+    with torch.no_grad():
+        found = attention(4, 2)._flex(*inputs, tuple(segments))
+    torch.testing.assert_close(found, full_attention(*inputs, segments), rtol=1e-5, atol=1e-5)
