@@ -150,13 +150,16 @@ class _Forest:
 def pack(items: Sequence[Item], *, max_row_tokens: int, shared_prefix: bool) -> list[Row]:
     """Pack items into rows of at most `max_row_tokens` tokens, keeping items of one unit together where they fit.
 
+    Items of which nothing is scored are left out.
+
     Raises:
         ValueError: one item alone is longer than a row.
     """
     rows: list[Row] = []
     units: dict[str, list[int]] = {}
     for index, item in enumerate(items):
-        units.setdefault(item.unit, []).append(index)
+        if item.scored:  # tokens without gradient are not paid for
+            units.setdefault(item.unit, []).append(index)
     forest, members = _Forest(shared_prefix), []
 
     def close_row() -> None:
@@ -192,10 +195,9 @@ def _make_row(forest: _Forest, items: Sequence[Item], members: list[int]) -> Row
     where_S: list[int] = []
     targets_S: list[int] = []
     owners_S: list[int] = []
-    scored = [index for index in members if items[index].scored]
-    values: dict[str, list[float]] = {name: [] for name in items[scored[0]].fields} if scored else {}
+    values: dict[str, list[float]] = {name: [] for name in items[members[0]].fields}
     claimed: set[int] = set()
-    for index in scored:
+    for index in members:
         item = items[index]
         assert min(item.scored) > 0, "the first token of a sequence has nothing that predicts it"
         assert {name: len(column) for name, column in item.fields.items()} == dict.fromkeys(values, len(item.scored))

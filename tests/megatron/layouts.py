@@ -91,7 +91,7 @@ def make_twin(model: ModelConfig, seed: int = 0) -> torch.nn.Module:
 def twin_logprobs(twin: torch.nn.Module, item: Item, temperature: float = 1.0) -> Tensor:
     """Logprobs of an item's scored tokens, computed on this sequence alone."""
     tokens = torch.tensor([list(item.token_ids)])
-    scored = torch.tensor(list(item.scored))
+    scored = torch.tensor(list(item.scored), dtype=torch.long)
     logits = twin(tokens).logits[0, scored - 1] / temperature
     return logits.log_softmax(-1).gather(1, tokens[0, scored, None])[:, 0]
 
@@ -155,6 +155,7 @@ def random_items(seed: int = 0, trajectories: int = 4) -> list[Item]:
                 weights = [rng.uniform(-0.5, 1.0) / 100 for _ in action]
                 items.append(Item([*history, *action], span, unit=str(trajectory), fields={"weights": weights}))
             history = history + actions[0] + tokens(5, 30)
+    items.append(Item(history, range(len(history), len(history)), unit="empty action", fields={"weights": []}))
     return items
 
 
@@ -264,7 +265,7 @@ def measure(name: str, folder: Path) -> dict[str, float]:
     for kind, temperature in (("shared", 1.0), ("dense", 1.0), ("shared", 0.7)):
         scored = by_item(batches[kind], policy.logprobs(batches[kind], temperature=temperature), len(items))
         pairs = zip(scored, oracle["logprobs"][temperature], strict=True)
-        found[f"logprobs {kind} {temperature}"] = max((a - b).abs().max().item() for a, b in pairs)
+        found[f"logprobs {kind} {temperature}"] = max((a - b).abs().max().item() for a, b in pairs if len(b))
     for kind, rows in batches.items() if LAYOUTS[name].processes == 1 else list(batches.items())[:3]:
         gradients = gradients_of(policy, rows)
         if main():
