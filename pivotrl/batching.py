@@ -156,10 +156,6 @@ def pack(items: Sequence[Item], *, max_row_tokens: int, shared_prefix: bool) -> 
         ValueError: one item alone is longer than a row.
     """
     rows: list[Row] = []
-    units: dict[str, list[int]] = {}
-    for index, item in enumerate(items):
-        if item.scored:  # tokens without gradient are not paid for
-            units.setdefault(item.unit, []).append(index)
     forest, members = _Forest(shared_prefix), []
 
     def close_row() -> None:
@@ -168,14 +164,9 @@ def pack(items: Sequence[Item], *, max_row_tokens: int, shared_prefix: bool) -> 
             rows.append(_make_row(forest, items, members))
         forest, members = _Forest(shared_prefix), []
 
-    for unit in units.values():
+    for unit in _units(items, max_row_tokens):
         alone = _Forest(shared_prefix)
         for index in unit:
-            if len(items[index].token_ids) > max_row_tokens:
-                raise ValueError(
-                    f"a sequence of {len(items[index].token_ids)} tokens exceeds batching.max_row_tokens={max_row_tokens}; "
-                    "raise it or lower the prompt limit"
-                )
             alone.add(items[index].token_ids)
         first = items[unit[0]].token_ids
         added = alone.num_tokens - len(first) + forest.cost_of(first)  # what the unit shares with the row stands there already
@@ -188,6 +179,20 @@ def pack(items: Sequence[Item], *, max_row_tokens: int, shared_prefix: bool) -> 
             members.append(index)
     close_row()
     return rows
+
+
+def _units(items: Sequence[Item], max_row_tokens: int) -> list[list[int]]:
+    """Indices of the scored items by unit, in order of first appearance: tokens without gradient are not paid for."""
+    units: dict[str, list[int]] = {}
+    for index, item in enumerate(items):
+        if len(item.token_ids) > max_row_tokens:
+            raise ValueError(
+                f"a sequence of {len(item.token_ids)} tokens exceeds batching.max_row_tokens={max_row_tokens}; "
+                "raise it or lower the prompt limit"
+            )
+        if item.scored:
+            units.setdefault(item.unit, []).append(index)
+    return list(units.values())
 
 
 def _make_row(forest: _Forest, items: Sequence[Item], members: list[int]) -> Row:
