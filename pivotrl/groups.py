@@ -1,5 +1,6 @@
 """Which pivots a step trains on, and which scored sequences its groups give."""
 
+import functools
 import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -28,11 +29,17 @@ def step_pivots(pivots: Sequence[Pivot], count: int, *, step: int, seed: int) ->
     position = step * count
     while len(chosen) < min(count, len(pivots)):
         epoch, index = divmod(position, len(pivots))
-        order = list(range(len(pivots)))
-        random.Random(seed_of(seed, "epoch", epoch)).shuffle(order)
-        chosen.setdefault(order[index], pivots[order[index]])  # where two epochs meet, a pivot could come twice
+        drawn = _epoch_order(len(pivots), seed, epoch)[index]
+        chosen.setdefault(drawn, pivots[drawn])  # where two epochs meet, a pivot could come twice
         position += 1
     return list(chosen.values())
+
+
+@functools.lru_cache(maxsize=2)
+def _epoch_order(count: int, seed: int, epoch: int) -> tuple[int, ...]:
+    order = list(range(count))
+    random.Random(seed_of(seed, "epoch", epoch)).shuffle(order)
+    return tuple(order)
 
 
 def group_items(groups: Sequence[Group], algorithm: AlgorithmConfig) -> list[Item]:

@@ -31,13 +31,12 @@ def select(profiles: list[Profile], rule: SelectionRule, *, max_mean: float, see
     random is the control: as many as `mixed` keeps, drawn uniformly from all profiles that have statistics.
     """
     fates = [fate(profile, rule, max_mean) for profile in profiles]
-    counts = Counter({name: 0 for name in FATES}) + Counter(fates)
     kept = [profile for profile, name in zip(profiles, fates, strict=True) if name == "kept"]
     if rule == SelectionRule.random:
         eligible = [index for index, profile in enumerate(profiles) if not profile.excluded]
         drawn = set(random.Random(seed).sample(eligible, len(kept)))
         kept = [profile for index, profile in enumerate(profiles) if index in drawn]
-    return kept, counts
+    return kept, Counter(fates)
 
 
 def run(config: Config) -> Counter[str]:

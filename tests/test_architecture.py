@@ -48,7 +48,7 @@ BANNED_CALLS = {
     "os.system", "os.popen", "pickle.load", "pickle.loads", "torch.load", "eval", "exec", "compile", "yaml.load", "yaml.unsafe_load",
 }  # fmt: skip
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 400, 100, 7
-LONG_FUNCTIONS = {"pivotrl/megatron/model.py:transformer_config"}  # one table of settings, over 50 lines
+LONG_FUNCTIONS: set[str] = set()  # over 50 lines, each with its reason
 WITHOUT_A_TEST_OF_THEIR_OWN = {  # module -> the test that covers it
     "pivotrl/types.py": "tests/test_records.py",
     "pivotrl/rollout/receiver.py": "tests/test_weight_sync.py",

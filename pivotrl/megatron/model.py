@@ -38,17 +38,6 @@ def has_transformer_engine() -> bool:
 def transformer_config(model: ModelConfig, parallel: ParallelConfig, precision: PrecisionConfig) -> TransformerConfig:
     """Megatron's configuration of a policy; fusions that widen the gap to the rollout engine stay off."""
     dtype = DTYPES[precision.params]
-    moe = {}
-    if model.num_experts:
-        moe = {
-            "num_moe_experts": model.num_experts,
-            "moe_router_topk": model.experts_per_token,
-            "moe_ffn_hidden_size": model.moe_ffn_hidden_size,
-            "moe_router_pre_softmax": not model.norm_topk_prob,
-            "moe_router_load_balancing_type": "none",
-            "moe_router_dtype": "fp32",
-            "moe_grouped_gemm": has_transformer_engine(),
-        }
     half = model.head_dim // 2
     return TransformerConfig(
         num_layers=model.num_layers,
@@ -85,19 +74,39 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, precision: 
         moe_token_dispatcher_type="alltoall",  # the default is refused with variable_seq_lengths, in dense models too
         calculate_per_token_loss=True,
         variable_seq_lengths=True,
-        tensor_model_parallel_size=parallel.tensor,
-        sequence_parallel=parallel.tensor > 1,
-        pipeline_model_parallel_size=parallel.pipeline,
-        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
-        context_parallel_size=parallel.context,
-        expert_model_parallel_size=parallel.expert,
-        expert_tensor_parallel_size=parallel.expert_tensor,
-        # Two interleaved stages between one pair of ranks get wrong gradients without an error unless p2p overlaps.
-        overlap_p2p_comm=parallel.virtual_pipeline is not None,
-        batch_p2p_comm=parallel.virtual_pipeline is None,
-        **_recompute(parallel.recompute),
-        **moe,
+        **_layout(parallel),
+        **_moe(model),
     )
+
+
+def _moe(model: ModelConfig) -> dict[str, Any]:
+    if not model.num_experts:
+        return {}
+    return {
+        "num_moe_experts": model.num_experts,
+        "moe_router_topk": model.experts_per_token,
+        "moe_ffn_hidden_size": model.moe_ffn_hidden_size,
+        "moe_router_pre_softmax": not model.norm_topk_prob,
+        "moe_router_load_balancing_type": "none",
+        "moe_router_dtype": "fp32",
+        "moe_grouped_gemm": has_transformer_engine(),
+    }
+
+
+def _layout(parallel: ParallelConfig) -> dict[str, Any]:
+    return {
+        "tensor_model_parallel_size": parallel.tensor,
+        "sequence_parallel": parallel.tensor > 1,
+        "pipeline_model_parallel_size": parallel.pipeline,
+        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline,
+        "context_parallel_size": parallel.context,
+        "expert_model_parallel_size": parallel.expert,
+        "expert_tensor_parallel_size": parallel.expert_tensor,
+        # Two interleaved stages between one pair of ranks get wrong gradients without an error unless p2p overlaps.
+        "overlap_p2p_comm": parallel.virtual_pipeline is not None,
+        "batch_p2p_comm": parallel.virtual_pipeline is None,
+        **_recompute(parallel.recompute),
+    }
 
 
 def _recompute(mode: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pivotrl.candidates import cut
 from pivotrl.config import DomainConfig
 from pivotrl.environments.sql import EXECUTE_SQL, SqlEnvironment
 from pivotrl.sources.intercode_sql import InterCodeSqlSource, convert_dump
-from pivotrl.types import Action, Message, Reject, TaskRef, Trajectory
+from pivotrl.types import Action, Message, TaskRef, Trajectory
 
 DUMP = Path(__file__).parent.parent / "fixtures" / "mysql_dump.sql"
 GOLD = "SELECT title FROM film WHERE year > 2000"
@@ -112,18 +112,10 @@ def test_a_dump_that_sqlite_refuses_is_named(tmp_path: Path):
         convert_dump(tmp_path / "dump.sql", tmp_path / "out")
 
 
-def test_real_episodes(shared_data: Path):
+def test_real_episodes(shared_data: Path, read_all):
     domain = config(shared_data / "intercode_sql")
-    source, counts, replayed = InterCodeSqlSource(domain), Counter(), Counter()
-    for ref in source.refs():
-        answer = ref if isinstance(ref, Reject) else source.read(ref.key)
-        if isinstance(answer, Reject):
-            counts[answer.reason] += 1
-            continue
-        candidates, rejects = cut(answer)
-        counts.update({"trajectories": 1, "candidates": len(candidates)})
-        counts.update(reject.reason for reject in rejects)
-        replayed.update(_replay(domain, answer))
+    counts, trajectories = read_all(InterCodeSqlSource(domain))
+    replayed = sum((_replay(domain, trajectory) for trajectory in trajectories), Counter())
     assert counts["episode_failed"] == 272 and counts["empty_database"] == 62
     assert counts["trajectories"] + counts["not_reproduced"] == 700 and counts["trajectories"] > 640
     assert set(counts) == {"episode_failed", "empty_database", "not_reproduced", "expert_query_failed", "trajectories", "candidates"}

@@ -1,6 +1,5 @@
 import gzip
 import shutil
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -110,16 +109,8 @@ def test_one_prompt_is_one_task(tmp_path: Path):
         ("swe_agent_demos", {"episode_failed": 1, "trajectories": 21, "candidates": 225}),
     ],
 )
-def test_real_transcripts(shared_data: Path, name: str, expected: dict[str, int]):
-    chat, counts = source(shared_data / name), Counter()
-    for ref in chat.refs():
-        answer = ref if isinstance(ref, Reject) else chat.read(ref.key)
-        if isinstance(answer, Reject):
-            counts[answer.reason] += 1
-            continue
-        candidates, rejects = cut(answer)
-        counts.update({"trajectories": 1, "candidates": len(candidates)})
-        counts.update(reject.reason for reject in rejects)
+def test_real_transcripts(shared_data: Path, read_all, name: str, expected: dict[str, int]):
+    counts, _ = read_all(source(shared_data / name))
     assert counts == expected
 
 
