@@ -11,29 +11,22 @@ import json
 import multiprocessing
 import resource
 import time
-from pathlib import Path
 from typing import Any
+
+import cases
 
 from pivotrl.config import Config, ModelConfig, OptimizerConfig, PrecisionConfig
 
-CASES = ["256,32,8", "1024,64,16", "2048,128,16"]
-
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, required=True, help="where the list of results goes")
-    parser.add_argument("--cases", nargs="+", default=CASES, metavar="P,R,G")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser = cases.parser(__doc__)
     parser.add_argument("--row-tokens", type=int, default=16_384, help="dense rows are packed up to this many tokens")
-    for name, default in (("layers", 4), ("hidden", 128), ("heads", 4), ("groups", 2), ("experts", 8), ("vocab", 1024)):
-        parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     args = parser.parse_args()
-    cases = [tuple(int(part) for part in case.split(",")) for case in args.cases]
-    peaks = {(case, shared): run_apart(args, case, shared) for case in cases for shared in (False, True)}
+    peaks = {(case, shared): run_apart(args, case, shared) for case in args.cases for shared in (False, True)}
     results = []
     policy = make_policy(args)
-    for case in cases:
+    for case in args.cases:
         seconds = {shared: float("inf") for shared in (False, True)}
         step = 0
         for repeat in range(args.repeats + 1):

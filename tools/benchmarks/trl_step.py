@@ -14,9 +14,9 @@ import json
 import math
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
+import cases
 import torch
 import transformers
 import trl
@@ -24,8 +24,6 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, PrinterCallback, Qwen3MoeConfig, Qwen3MoeForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
-
-CASES = ["256,32,8", "1024,64,16", "2048,128,16"]
 
 
 class GivenCompletions(GRPOTrainer):
@@ -58,23 +56,17 @@ def now() -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, required=True, help="where the list of results goes")
-    parser.add_argument("--cases", nargs="+", default=CASES, metavar="P,R,G")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser = cases.parser(__doc__)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of PyTorch")
     parser.add_argument("--batch-size", type=int, help="completions per micro-batch, a divisor of every G (default: G)")
-    for name, default in (("layers", 4), ("hidden", 128), ("heads", 4), ("groups", 2), ("experts", 8), ("vocab", 1024)):
-        parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args()
-    cases = [tuple(int(part) for part in case.split(",")) for case in args.cases]
-    for _, _, group in cases:
+    for _, _, group in args.cases:
         if args.repeats < 1 or group < 2 or group % (args.batch_size or group):
             got = f"--repeats {args.repeats}, G {group}, --batch-size {args.batch_size}"
             raise ValueError(f"needed: --repeats >= 1, G >= 2 and a --batch-size that divides every G; got {got}")
     torch.set_num_threads(args.threads)
     results = []
-    for case in cases:
+    for case in args.cases:
         seconds = timed_steps(args, case)
         versions = {"trl": trl.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
         results.append(dict(zip("PRG", case, strict=True)) | {"trl_s": round(min(seconds), 4)} | versions)
