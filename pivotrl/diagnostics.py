@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from pivotrl.advantage import has_signal
+from pivotrl.advantage import has_signal, moments
 from pivotrl.types import Group
 
 
@@ -12,7 +12,7 @@ def rollout_statistics(groups: Sequence[Group]) -> dict[str, Any]:
     rollouts = [r for group in groups for r in group.rollouts]
     judged = [[r.verdict.reward for r in group.rollouts if r.verdict.status == "ok"] for group in groups]
     rewards = [reward for group in judged for reward in group]
-    deviations = [(sum((x - sum(g) / len(g)) ** 2 for x in g) / len(g)) ** 0.5 for g in judged if g]
+    deviations = [moments(group)[1] ** 0.5 for group in judged if group]
     stats: dict[str, Any] = {
         "reward_mean": mean(rewards),
         "reward_std": mean(deviations),

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pivotrl.advantage import has_signal
+from pivotrl.advantage import moments
 from pivotrl.config import Config
 from pivotrl.local_rollouts import Sampler, seed_of
 from pivotrl.metrics import progress
@@ -33,8 +33,7 @@ def summarise(candidate_id: str, rollouts: list[LocalRollout], strict: list[Verd
         return Profile(
             candidate_id=candidate_id, samples=samples, num_dropped=dropped, prompt_tokens=prompt_tokens, excluded="verifier_failed"
         )
-    mean = sum(rewards) / len(rewards)
-    variance = sum((reward - mean) ** 2 for reward in rewards) / len(rewards) if has_signal(rewards) else 0.0  # no rounding dust
+    mean, variance = moments(rewards)
     return Profile(
         candidate_id=candidate_id, samples=samples, mean=mean, variance=variance, num_dropped=dropped, prompt_tokens=prompt_tokens
     )
