@@ -8,6 +8,7 @@ from enum import StrEnum
 
 from omegaconf import MISSING
 
+from pivotrl.cluster_config import ClusterConfig, PlanConfig
 from pivotrl.verifier_config import VerificationConfig
 
 
@@ -72,6 +73,8 @@ class ProfileConfig:
     """K samples per candidate from the frozen policy, and the rule that keeps pivots.
 
     With num_shards > 1 a process profiles the trajectories of its `shard` only; without `shard` it joins the finished shards.
+    With `refresh` training profiles and selects anew, with the policy as it is, when the mean deviation of rewards inside groups falls
+    under refresh_fraction of what it was at the start (or after the last refresh).
     """
 
     num_samples: int = 16
@@ -80,6 +83,15 @@ class ProfileConfig:
     num_shards: int = 1
     max_mean: float = 0.6
     rule: SelectionRule = SelectionRule.mixed
+    refresh: bool = False
+    refresh_fraction: float = 1 / 3
+
+
+class WeightTransport(StrEnum):
+    """How weights reach the servers: a file that all see, or a broadcast from the trainer (NCCL between GPUs, gloo between CPUs)."""
+
+    file = "file"
+    broadcast = "broadcast"
 
 
 @dataclass
@@ -91,6 +103,7 @@ class RolloutConfig:
     bounds the wait for an attached server that is away.
     `gpus` are the CUDA devices of own servers (num_servers * tensor_parallel of them; empty: the visible ones in order).
     `weights_dir` must be visible to the servers; None: shared memory for own servers, the run folder for attached ones.
+    `bucket_mib` is how much one broadcast carries. `colocated`: own servers share the trainer's GPUs, and sleep while it trains.
     """
 
     urls: list[str] = field(default_factory=list)
@@ -98,6 +111,9 @@ class RolloutConfig:
     tensor_parallel: int = 1
     gpus: list[int] = field(default_factory=list)
     weights_dir: str | None = None
+    weight_transport: WeightTransport = WeightTransport.file
+    bucket_mib: int = 256
+    colocated: bool = False
     dtype: str = "float32"
     temperature: float = 1.0
     top_p: float = 1.0
@@ -126,12 +142,17 @@ class LossLevel(StrEnum):
 
 @dataclass
 class AlgorithmConfig:
-    """GRPO over pivots. Defaults are the known settings of the paper's conversational run."""
+    """GRPO over pivots. Defaults are the known settings of the paper's conversational run.
+
+    With max_staleness > 0 the engines sample up to so many steps ahead while the policy trains; no step trains on rollouts of a policy
+    that is older by more versions. importance_cap then corrects for the difference.
+    """
 
     num_steps: int = 100
     pivots_per_step: int = 64
     group_size: int = 16
     updates_per_step: int = 1
+    max_staleness: int = 0
     advantage: AdvantageKind = AdvantageKind.group
     advantage_eps: float = 1e-6
     clip_low: float = 0.2
@@ -162,6 +183,18 @@ class OptimizerConfig:
     precision_aware: bool = False
     moments: Dtype = Dtype.fp32
     offload_fraction: float = 0.0
+
+
+@dataclass
+class E2eConfig:
+    """End-to-end RL: algorithm.group_size whole episodes of each of `tasks_per_step` tasks a step, on the trajectories' tasks of `split`.
+
+    An episode ends after `max_turns` actions, or where its history exceeds rollout.max_prompt_tokens; it then has the environment's reward.
+    """
+
+    split: str = "train"
+    tasks_per_step: int = 8
+    max_turns: int = 40
 
 
 @dataclass
@@ -280,7 +313,7 @@ class BatchingConfig:
 
 @dataclass
 class EvaluationConfig:
-    """Held-out measurements. Temperature 0 is greedy."""
+    """Held-out measurements. Temperature 0 is greedy. `every_steps` > 0: also so often during training, on the engines as they are."""
 
     policies: list[str] = field(default_factory=list)
     temperature: float = 0.0
@@ -289,6 +322,7 @@ class EvaluationConfig:
     max_pivot_candidates: int | None = 200
     pivot_samples: int = 4
     skill_examples: int = 50
+    every_steps: int = 0
 
 
 @dataclass
@@ -303,61 +337,6 @@ class WatchdogConfig:
 class LoggingConfig:
     tensorboard: bool = True
     wandb_project: str | None = None
-
-
-@dataclass
-class ClusterConfig:
-    """Where Slurm runs it, and what one GPU can do (tools/plan.py): peak dense TFLOP/s, and GB/s of its memory and links.
-
-    `nodes` train. `rollout_nodes` more of the same allocation serve rollouts; then `network_rollout` must be true: servers listen on
-    all addresses of their nodes, where everybody in that network can use them, and replace their weights.
-    Slurm signals a job `save_s` seconds before `time_limit`. `sbatch_options` are added as they are, such as `--mem=0`.
-    Jobs run in `container_image`, with `container_mounts` (SOURCE:TARGET), by srun's pyxis plugin or by `apptainer`; None: on the host.
-    `python` is the interpreter there.
-    """
-
-    name: str = "local"
-    nodes: int = 1
-    gpus_per_node: int = 0
-    rollout_nodes: int = 0
-    network_rollout: bool = False
-    partition: str | None = None
-    account: str | None = None
-    time_limit: str | None = None
-    save_s: int = 300
-    sbatch_options: list[str] = field(default_factory=list)
-    python: str = ".venv/bin/python"
-    container_image: str | None = None
-    container_mounts: list[str] = field(default_factory=list)
-    apptainer: bool = False
-    gpu_memory_gib: float = 80.0
-    bf16_tflops: float = 989.0
-    fp8_tflops: float = 1979.0
-    memory_gb_s: float = 3350.0
-    nvlink_gb_s: float = 450.0
-    network_gb_s: float = 50.0
-
-
-@dataclass
-class PlanConfig:
-    """What tools/plan.py assumes; docs/sizing.md names the source of each number. None of it changes a run.
-
-    Data: mean tokens of a history and of an action, the share of groups with variance (others cost nothing), tokens on the
-    fullest expert rank over the mean. Machine: shares of peak reached by training, prefill (FLOPs), decode (memory bandwidth)
-    and collectives (links); GiB of CUDA context and NCCL a GPU; share of memory lost to fragmentation; GB/s of a weight sync.
-    """
-
-    mean_prompt_tokens: int = 4500
-    mean_action_tokens: int = 512
-    signal_share: float = 1.0
-    expert_imbalance: float = 1.25
-    sustained_fraction: float = 0.28
-    prefill_fraction: float = 0.4
-    decode_fraction: float = 0.6
-    link_fraction: float = 0.7
-    context_gib: float = 2.0
-    fragmentation: float = 0.06
-    weight_sync_gb_s: float = 2.0
 
 
 class OnChange(StrEnum):
@@ -379,6 +358,7 @@ class Config:
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     sft: SftConfig = field(default_factory=SftConfig)
+    e2e: E2eConfig = field(default_factory=E2eConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     kernels: KernelsConfig = field(default_factory=KernelsConfig)

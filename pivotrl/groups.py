@@ -1,21 +1,74 @@
-"""Which pivots a step trains on, and which scored sequences its groups give."""
+"""Where a step's groups come from, which pivots it trains on, and which scored sequences its groups give."""
 
 import functools
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pivotrl import preemption, watchdog
 from pivotrl.advantage import advantages, has_signal
 from pivotrl.batching import Item, pack
 from pivotrl.config import AlgorithmConfig, Config, LossLevel
+from pivotrl.diagnostics import rollout_statistics
 from pivotrl.local_rollouts import Sampler, seed_of
 from pivotrl.records import Journal, read_jsonl, write_jsonl
 from pivotrl.types import Group, Pivot
 
 if TYPE_CHECKING:
     from pivotrl.megatron.policy import Policy
+
+
+class GroupSource(Protocol):
+    """Gives the trainer groups of scored actions; lives on the main process. What a group is, only the source knows."""
+
+    sampler: Sampler
+
+    def sample(self, step: int) -> Sequence[Any] | None:
+        """The step's groups, fresh or from the run folder; None when asked to leave meanwhile. May run on a thread of its own."""
+        ...
+
+    def items(self, groups: Sequence[Any]) -> list[Item]:
+        """Scored sequences with weights, advantages and rollout logprobs; none for groups without signal."""
+        ...
+
+    def statistics(self, groups: Sequence[Any]) -> dict[str, Any]:
+        """What metrics.jsonl keeps of them."""
+        ...
+
+    def versions(self, groups: Sequence[Any]) -> list[int]:
+        """The policy version of every completion."""
+        ...
+
+    def probes(self, count: int) -> list[list[int]]:
+        """Token ids of a few histories, always the same ones, for checks of engine and trainer."""
+        ...
+
+
+class PivotGroups:
+    """The `GroupSource` of PivotRL: one group of one-turn actions for each of the step's pivots."""
+
+    def __init__(self, config: Config, sampler: Sampler, pivots: Sequence[Pivot]):
+        self.config, self.sampler, self.pivots = config, sampler, pivots
+
+    def sample(self, step: int) -> list[Group] | None:
+        path = Path(self.config.run_dir) / "rollouts" / f"step_{step:06d}.jsonl"
+        chosen = step_pivots(self.pivots, self.config.algorithm.pivots_per_step, step=step, seed=self.config.seed)
+        seed = seed_of(self.config.seed, "grpo", step)
+        return sample_groups(self.sampler, chosen, path, group_size=self.config.algorithm.group_size, seed=seed)
+
+    def items(self, groups: Sequence[Group]) -> list[Item]:
+        return group_items(groups, self.config.algorithm)
+
+    def statistics(self, groups: Sequence[Group]) -> dict[str, Any]:
+        return rollout_statistics(groups)
+
+    def versions(self, groups: Sequence[Group]) -> list[int]:
+        return [rollout.completion.policy_version for group in groups for rollout in group.rollouts]
+
+    def probes(self, count: int) -> list[list[int]]:
+        chosen = step_pivots(self.pivots, count, step=0, seed=self.config.seed)
+        return [list(self.sampler.prompt(pivot.candidate)) for pivot in chosen]
 
 
 def usable(pivots: Sequence[Pivot], max_prompt_tokens: int) -> list[Pivot]:

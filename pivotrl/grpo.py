@@ -8,18 +8,18 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from pivotrl import preemption, watchdog, weight_sync
 from pivotrl.batching import Row, pack
 from pivotrl.config import Config
-from pivotrl.diagnostics import check_gap, normalised, rollout_statistics
-from pivotrl.groups import check_sharing, group_items, sample_groups, step_pivots
-from pivotrl.local_rollouts import Sampler, seed_of
+from pivotrl.diagnostics import check_gap, normalised
+from pivotrl.evaluation import benchmark
+from pivotrl.groups import GroupSource, check_sharing
 from pivotrl.loss import grpo_loss
 from pivotrl.megatron import checkpoint, parallel
 from pivotrl.megatron.policy import Policy
 from pivotrl.metrics import MetricsLog, Timer, peak_rss_gib
-from pivotrl.types import Group, Pivot
 
 
 def check(config: Config) -> None:
@@ -39,20 +39,20 @@ def check(config: Config) -> None:
 
 
 class Trainer:
-    """Holds what a step needs; `sampler` and `log` exist on the main process only."""
+    """Holds what a step needs; `source` (of the groups) and `log` exist on the main process only."""
 
-    def __init__(self, config: Config, policy: Policy, pivots: Sequence[Pivot], sampler: Sampler | None, log: MetricsLog | None):
-        self.config, self.policy, self.pivots, self.sampler, self.log = config, policy, pivots, sampler, log
+    def __init__(self, config: Config, policy: Policy, source: GroupSource | None, log: MetricsLog | None):
+        self.config, self.policy, self.source, self.log = config, policy, source, log
         self.version = self.step = 0
         self.timer = Timer()
-        if sampler is not None and log is not None:
-            sampler.client.service.on_event = lambda event, values: log.event(self.step, event, values)
+        if source is not None and log is not None:
+            source.sampler.client.service.on_event = lambda event, values: log.event(self.step, event, values)
 
     def start(self, version: int) -> None:
         """Prove that the engines sample from the policy: as loaded, and again after a push, before anything depends on it."""
         self.version = version
-        if self.sampler is not None:
-            self.sampler.client.wait_ready()
+        if self.source is not None:
+            self.source.sampler.client.wait_ready()
         with watchdog.waiting("start of the rollout servers"):
             preemption.leave_if_agreed("nothing new to save")
         if version == 0 and not self.config.checkpoint.load_from:  # else the engines are yet to get those weights
@@ -85,6 +85,7 @@ class Trainer:
                         with self.phase("weight_sync"):
                             self.push()
                         stats["weight_syncs"] = 1  # each was verified, or push would have raised
+                self.evaluate(step)
                 if self.log is not None:
                     self.report(step, stats)
                 if leaving or (step + 1) % algorithm.checkpoint_every == 0 or step + 1 == algorithm.num_steps:
@@ -120,32 +121,23 @@ class Trainer:
     def batch(self, step: int) -> tuple[list[list[Row]], dict[str, float]] | None:
         """Every minibatch's rows and the step's statistics, on every process; None when asked to leave while sampling."""
         with self.phase("rollout"):
-            groups = self.sample(step)
+            groups = self.source.sample(step) if self.source is not None else None
         found = self.build(groups) if groups is not None else None
-        with watchdog.waiting(f"step {step}, rollouts of the main process") if self.sampler is None else nullcontext():
+        with watchdog.waiting(f"step {step}, rollouts of the main process") if self.source is None else nullcontext():
             return parallel.broadcast(found)
 
-    def sample(self, step: int) -> list[Group] | None:
-        """The step's groups, fresh or from the run folder. None on other processes, and when asked to leave meanwhile."""
-        if self.sampler is None:
-            return None
-        path = Path(self.config.run_dir) / "rollouts" / f"step_{step:06d}.jsonl"
-        chosen = step_pivots(self.pivots, self.config.algorithm.pivots_per_step, step=step, seed=self.config.seed)
-        seed = seed_of(self.config.seed, "grpo", step)
-        return sample_groups(self.sampler, chosen, path, group_size=self.config.algorithm.group_size, seed=seed)
-
-    def build(self, groups: Sequence[Group]) -> tuple[list[list[Row]], dict[str, float]]:
+    def build(self, groups: Sequence[Any]) -> tuple[list[list[Row]], dict[str, float]]:
         """Rows of every minibatch (none for groups without signal), and the step's rollout statistics."""
-        parts = self.config.algorithm.updates_per_step
-        batching = self.config.batching
+        assert self.source is not None
+        parts, batching = self.config.algorithm.updates_per_step, self.config.batching
         minibatches = []
         for part in range(parts):
-            items = group_items(groups[part::parts], self.config.algorithm)
+            items = self.source.items(groups[part::parts])
             if items:
                 minibatches.append(pack(items, max_row_tokens=batching.max_row_tokens, shared_prefix=batching.shared_prefix))
-        stats = rollout_statistics(groups)
+        stats = self.source.statistics(groups)
         stats["train_tokens"] = sum(len(row.token_ids_T) for rows in minibatches for row in rows)
-        stats["staleness_max"] = max((self.version - r.completion.policy_version for g in groups for r in g.rollouts), default=0)
+        stats["staleness_max"] = max((self.version - version for version in self.source.versions(groups)), default=0)
         return minibatches, stats
 
     def add_logprobs(self, rows: list[Row]) -> None:
@@ -160,40 +152,48 @@ class Trainer:
 
     def push(self) -> None:
         """Send the policy's weights to the engines as the present version; the first time, compare logprobs afterwards."""
-        service = self.sampler.client.service if self.sampler else None
+        service = self.source.sampler.client.service if self.source else None
         report = weight_sync.push(self.policy.hf_weights(), service, version=self.version)
         if report is not None and not report.verified:
             raise RuntimeError(f"weight sync {self.version}: a rollout server does not report the new version; see its log")
 
     def probes(self, count: int = 4) -> list[list[int]]:
         """The same few histories on every process, for checks."""
-        rows: list[list[int]] | None = None
-        if self.sampler is not None:
-            chosen = step_pivots(self.pivots, count, step=0, seed=self.config.seed)
-            rows = [list(self.sampler.prompt(pivot.candidate)) for pivot in chosen]
-        return parallel.broadcast(rows)
+        return parallel.broadcast(self.source.probes(count) if self.source is not None else None)
+
+    def evaluate(self, step: int) -> None:
+        """Every evaluation.every_steps steps, held-out measurements on the engines as they are; one event line of metrics.jsonl."""
+        every = self.config.evaluation.every_steps
+        if self.source is None or not every or (step + 1) % every or preemption.requested():
+            return
+        with self.phase("evaluation"), suppress(preemption.Preempted):  # for all ranks together at the next step
+            result = benchmark.evaluate(self.config, self.source.sampler, f"step_{step + 1:06d}")
+            if self.log is not None:
+                self.log.event(step, "evaluation", result)
 
     def check_engine(self) -> None:
         """Stop unless engines and trainer give the same logprobs on the expert's own turns (at start-up and after a push)."""
         rows = self.probes()
         scored = [logprobs.tolist() for logprobs in self.policy.score(rows)]
         with suppress(preemption.Preempted):  # for all ranks together behind it
-            if self.sampler is not None:
-                gap = weight_sync.check_logprobs(self.sampler.client, rows, scored, max_mean_gap=self.config.rollout.max_mean_logprob_gap)
+            if self.source is not None:
+                limit = self.config.rollout.max_mean_logprob_gap
+                gap = weight_sync.check_logprobs(self.source.sampler.client, rows, scored, max_mean_gap=limit)
                 print(f"engine check (policy version {self.version}): mean |logprob gap| {gap.mean:.1e}, max {gap.max:.1e}", flush=True)
         preemption.leave_if_agreed("nothing new to save")
 
     def report(self, step: int, stats: dict[str, float]) -> None:
         """One row of metrics.jsonl and one line for the eye."""
-        assert self.log is not None and self.sampler is not None
+        assert self.log is not None and self.source is not None
+        client = self.source.sampler.client
         seconds = self.timer.take()
         stats |= seconds
         stats["rollout_tokens_per_s"] = stats["rollout_tokens"] / max(seconds["rollout_s"], 1e-9)
         if "update_s" in seconds:
             stats["train_tokens_per_s"] = stats["train_tokens"] / seconds["update_s"]
-        stats |= {"policy_version": self.version, "restarts": self.sampler.client.metrics.restarts, "peak_rss_gib": peak_rss_gib()}
+        stats |= {"policy_version": self.version, "restarts": client.metrics.restarts, "peak_rss_gib": peak_rss_gib()}
         self.log.log(step, stats)
-        self.log.event(step, "servers", {"servers": self.sampler.client.service.take_metrics()})
+        self.log.event(step, "servers", {"servers": client.service.take_metrics()})
         show = ("reward_mean", "reward_std", "dead_group_share", "entropy", "logprob_gap")
         print(
             f"step {step + 1}/{self.config.algorithm.num_steps} " + " ".join(f"{k} {stats[k]:.3g}" for k in show if k in stats), flush=True

@@ -41,7 +41,8 @@ def main(config: Config) -> None:
         )
         every = read_jsonl(Path(config.pivots_path) / "pivots.jsonl", Pivot)
         pivots = groups.usable(every, config.rollout.max_prompt_tokens)
-        trainer = grpo.Trainer(config, policy, pivots, sampler, log)
+        source = groups.PivotGroups(config, sampler, pivots) if sampler is not None else None
+        trainer = grpo.Trainer(config, policy, source, log)
         trainer.start(version)
         trainer.train(start)
         if main_process:

@@ -12,7 +12,7 @@ from fakes import candidate, completion, make_sampler, renderer  # noqa: E402
 
 from pivotrl import grpo, preemption  # noqa: E402
 from pivotrl.config import AdvantageKind, AlgorithmConfig, BatchingConfig, Config, LossLevel, RolloutConfig  # noqa: E402
-from pivotrl.groups import check_sharing, group_items, step_pivots  # noqa: E402
+from pivotrl.groups import PivotGroups, check_sharing, group_items, step_pivots  # noqa: E402
 from pivotrl.grpo import Trainer, check  # noqa: E402
 from pivotrl.records import read_jsonl  # noqa: E402
 from pivotrl.types import Completion, Group, LocalRollout, Pivot, Verdict  # noqa: E402
@@ -181,13 +181,14 @@ def alone(monkeypatch) -> list[tuple]:
 
 def make_trainer(config: Config, folder: Path, texts=("right", "wrong", "right", "a longer wrong one")):
     sampler, client = make_sampler(folder, lambda request: [completion(text) for text in texts], config.rollout)
-    return Trainer(config, NotingPolicy(), pivots_of("a:0", "b:0", "c:0"), sampler, None), client
+    source = PivotGroups(config, sampler, pivots_of("a:0", "b:0", "c:0"))
+    return Trainer(config, NotingPolicy(), source, None), client
 
 
 def test_sample_makes_one_group_per_pivot_in_order(config, tmp_path):
     trainer, client = make_trainer(config, tmp_path)
-    groups = trainer.sample(0)
-    chosen = step_pivots(trainer.pivots, 2, step=0, seed=0)
+    groups = trainer.source.sample(0)
+    chosen = step_pivots(trainer.source.pivots, 2, step=0, seed=0)
     assert [g.candidate_id for g in groups] == names(chosen)
     for g, pivot in zip(groups, chosen, strict=True):
         assert g.prompt == tuple(renderer().prompt(pivot.candidate.history, ())) and g.trajectory_id == pivot.candidate.trajectory_id
@@ -197,24 +198,37 @@ def test_sample_makes_one_group_per_pivot_in_order(config, tmp_path):
 
 def test_sample_of_a_restarted_step_is_read_not_drawn_again(config, tmp_path):
     trainer, client = make_trainer(config, tmp_path)
-    groups = trainer.sample(1)
+    groups = trainer.source.sample(1)
     assert read_jsonl(tmp_path / "run" / "rollouts" / "step_000001.jsonl", Group) == groups
     client.requests.clear()
-    assert trainer.sample(1) == groups and not client.requests
-    trainer.sample(0)
+    assert trainer.source.sample(1) == groups and not client.requests
+    trainer.source.sample(0)
     assert {request.seed for request in client.requests}, "another step draws afresh"
 
 
 def test_steps_draw_with_seeds_of_their_own(config, tmp_path):
     config.algorithm.pivots_per_step = 3
     trainer, client = make_trainer(config, tmp_path)
-    trainer.sample(0)
-    trainer.sample(1)
+    trainer.source.sample(0)
+    trainer.source.sample(1)
     assert len({request.seed for request in client.requests}) == 6
 
 
-def test_other_processes_do_not_sample(config):
-    assert Trainer(config, NotingPolicy(), pivots_of("a"), None, None).sample(0) is None
+def test_other_processes_neither_sample_nor_evaluate(config, alone, monkeypatch):
+    config.evaluation.every_steps = 1
+    trainer = Trainer(config, NotingPolicy(), None, None)
+    monkeypatch.setattr(grpo.parallel, "broadcast", lambda value: [value, "from the main process"][value is None])
+    assert trainer.batch(0) == "from the main process" == trainer.probes()
+    trainer.evaluate(0)
+
+
+def test_evaluates_on_the_way_every_so_many_steps(config, tmp_path, alone, monkeypatch):
+    config.evaluation.every_steps, config.algorithm.num_steps = 2, 5
+    labels: list[str] = []
+    monkeypatch.setattr(grpo.benchmark, "evaluate", lambda config, sampler, label: labels.append(label) or {})
+    trainer, _ = make_trainer(config, tmp_path)
+    trainer.train(0)
+    assert labels == ["step_000002", "step_000004"] and alone[1] == ("push", 2), "behind the push, so of the policy as it is"
 
 
 def test_build_packs_live_groups_and_counts_all(config, tmp_path):
@@ -422,7 +436,7 @@ def test_asked_to_leave_before_the_servers_answer_nothing_is_sent(config, tmp_pa
 def test_groups_whose_verifier_the_same_signal_may_have_ended_are_sampled_again(config, tmp_path, asked):
     trainer, client = make_trainer(config, tmp_path)
     client.answer = leaving_at(2, client, asked, texts=("crash",) * 4)
-    assert trainer.sample(0) is None
+    assert trainer.source.sample(0) is None
     kept = read_jsonl(tmp_path / "run/rollouts/step_000000.journal.jsonl", Group)
     assert len(kept) == 1, "the first failed before anybody was asked to leave: that is its own failure"
 

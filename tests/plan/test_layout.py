@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from pivotrl.config import ClusterConfig, Config, ModelConfig, ParallelConfig
+from pivotrl.cluster_config import ClusterConfig
+from pivotrl.config import Config, ModelConfig, ParallelConfig
 from pivotrl.megatron import parallel
 from pivotrl.megatron.simulate import build_on_meta, simulated_rank
 from pivotrl.plan import layout
