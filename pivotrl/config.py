@@ -74,7 +74,8 @@ class ProfileConfig:
 
     With num_shards > 1 a process profiles the trajectories of its `shard` only; without `shard` it joins the finished shards.
     With `refresh` training profiles and selects anew, with the policy as it is, when the mean deviation of rewards inside groups falls
-    under refresh_fraction of what it was at the start (or after the last refresh).
+    under refresh_fraction of what it was at the start (or after the last refresh). Both are means over `refresh_window` steps, and two
+    windows at least lie between refreshes; each costs num_samples turns for every candidate.
     """
 
     num_samples: int = 16
@@ -85,6 +86,7 @@ class ProfileConfig:
     rule: SelectionRule = SelectionRule.mixed
     refresh: bool = False
     refresh_fraction: float = 1 / 3
+    refresh_window: int = 5
 
 
 class WeightTransport(StrEnum):
@@ -112,7 +114,7 @@ class RolloutConfig:
     gpus: list[int] = field(default_factory=list)
     weights_dir: str | None = None
     weight_transport: WeightTransport = WeightTransport.file
-    bucket_mib: int = 256
+    bucket_mib: float = 256.0
     colocated: bool = False
     dtype: str = "float32"
     temperature: float = 1.0

@@ -1,17 +1,16 @@
 """Weight sync (also called refit): the one way from the trained policy to the rollout engines, and the proof that it worked.
 
-`push` sends weights, `check_logprobs` compares the engines' logprobs with the trainer's afterwards. The transport today is
-a safetensors file that every server reads; a broadcast between GPUs can take its place behind the same `push`.
+`push` sends weights by rollout.weight_transport, a file that every server reads or a broadcast to all of them;
+`check_logprobs` compares the engines' logprobs with the trainer's afterwards, whichever way the weights took.
 """
 
 import hashlib
-import os
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pivotrl.rollout import WeightFile, tensor_checksum
+from pivotrl.rollout import TensorInfo
 from pivotrl.rollout.service import RolloutService
 
 if TYPE_CHECKING:
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class SyncReport:
     """One finished weight sync. `checksum` covers names, dtypes, shapes and bytes of all tensors; `verified`: every server
-    checked every tensor and reports the new version."""
+    in rotation checked every tensor and reports the new version. `problems`: why servers left the rotation meanwhile."""
 
     version: int
     num_tensors: int
@@ -31,6 +30,7 @@ class SyncReport:
     seconds: float
     checksum: str
     verified: bool
+    problems: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -46,48 +46,35 @@ def push(weights: Iterable[tuple[str, "torch.Tensor"]], service: RolloutService 
     """Make every rollout engine sample from `weights` from now on, as `policy_version` = version.
 
     Call it while no request is in flight. `weights` are all tensors of the model under Hugging Face names, experts one by
-    one. Where reading `weights` is collective, ranks without a service pass None: they only take part in the reading.
+    one. Where reading `weights` is collective, ranks without a service pass None: they only take part in the reading. Servers that
+    sleep are woken. One that dies, hangs or gets damaged bytes leaves the rotation, and returns to it with all of the weights.
 
     Raises:
         ValueError: a name came twice.
-        RuntimeError: a server refused the weights (missing or unexpected names, shapes, checksums); its message says which.
+        RuntimeError: a server refused the weights (missing or unexpected names, shapes; in a file, checksums), its message says which;
+            or no server is left.
     """
     if service is None:
         for _ in weights:
             pass
         return None
     started = time.perf_counter()
-    tensors: dict[str, torch.Tensor] = {}
-    for name, tensor in weights:
-        if name in tensors:
-            raise ValueError(f"weight {name!r} came twice: yield every Hugging Face name once")
-        tensors[name] = tensor.detach().cpu().contiguous()
-    file = _write(tensors, service, version)
-    service.load_weights(file)
+    pushed = service.load_weights(weights, version=version)
     return SyncReport(
         version=version,
-        num_tensors=len(tensors),
-        num_bytes=sum(tensor.nbytes for tensor in tensors.values()),
+        num_tensors=len(pushed.tensors),
+        num_bytes=sum(info.nbytes for info in pushed.tensors),
         seconds=time.perf_counter() - started,
-        checksum=_total_checksum(tensors, file.checksums),
+        checksum=_total_checksum(pushed.tensors),
         verified=all(reported == version for reported in service.reported_versions()),
+        problems=tuple(pushed.problems.values()),
     )
 
 
-def _write(tensors: dict[str, "torch.Tensor"], service: RolloutService, version: int) -> WeightFile:
-    from safetensors.torch import save_file
-
-    path = service.weights_path(version)
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial)
-    os.replace(partial, path)
-    return WeightFile(path=path, version=version, checksums={name: tensor_checksum(tensor) for name, tensor in tensors.items()})
-
-
-def _total_checksum(tensors: dict[str, "torch.Tensor"], checksums: dict[str, int]) -> str:
+def _total_checksum(tensors: Sequence[TensorInfo]) -> str:
     digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)} {checksums[name]:08x}\n".encode())
+    for info in sorted(tensors, key=lambda info: info.name):
+        digest.update(f"{info.name} torch.{info.dtype} {info.shape} {info.checksum:08x}\n".encode())
     return digest.hexdigest()
 
 

@@ -1,22 +1,36 @@
-"""The rollout service: vLLM servers (`service`), the client that samples from them (`client`), and the weight receiver
-that runs inside them (`receiver`, the only module that imports vllm). Here stands what sender and receiver agree on."""
+"""The rollout service: vLLM servers (`service`), the client that samples from them (`client`), the two ways that weights take
+to them (`transport`, `broadcast`), and the receiver inside them (`receiver`). vLLM is imported in `receiver`, and in
+`process_group` on CUDA. Here stands what sender and receiver agree on."""
 
+import math
 import zlib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
 
+# A server whose update was begun and not ended reports this instead of a version, so that nobody takes it for a good one.
+UPDATING = "updating"
+# How a receiver's message begins when its data are wrong, and when it was left alone: then the fault lies with another member.
+REFUSED = "weights refused:"
+LEFT_ALONE = "weight broadcast broke off:"
+
 
 @dataclass(frozen=True)
-class WeightFile:
-    """One set of policy weights on disk: a safetensors file with Hugging Face names, and `tensor_checksum` of every tensor."""
+class TensorInfo:
+    """What both ends know of a tensor: Hugging Face name, torch dtype ("float32"), shape and `tensor_checksum`."""
 
-    path: Path
-    version: int
-    checksums: dict[str, int]
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    checksum: int
+
+    @property
+    def nbytes(self) -> int:
+        import torch
+
+        return math.prod(self.shape) * getattr(torch, self.dtype).itemsize
 
 
 def tensor_checksum(tensor: "torch.Tensor") -> int:
@@ -24,3 +38,8 @@ def tensor_checksum(tensor: "torch.Tensor") -> int:
     import torch
 
     return zlib.crc32(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+
+
+def dtype_name(tensor: "torch.Tensor") -> str:
+    """ "float32" for torch.float32."""
+    return str(tensor.dtype).removeprefix("torch.")

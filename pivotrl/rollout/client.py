@@ -88,6 +88,29 @@ class _Scored(msgspec.Struct):
     prompt_logprobs: list[dict[str, _Logprob] | None]
 
 
+class _Connections:
+    """An HTTP client for each request in flight: httpx's pool looks at all of its connections whenever a request comes or goes, which at
+    64 of them took 4.5 ms of processor time a request instead of 0.9."""
+
+    def __init__(self, timeout_s: float):
+        self._timeout_s, self._idle, self._ssl = timeout_s, list[httpx.AsyncClient](), httpx.create_ssl_context()
+
+    async def post(self, url: str, content: bytes) -> httpx.Response:
+        http = self._idle.pop() if self._idle else self._open()
+        try:
+            return await http.post(url, content=content, headers={"content-type": "application/json"})
+        finally:
+            self._idle.append(http)
+
+    def _open(self) -> httpx.AsyncClient:
+        limits = httpx.Limits(keepalive_expiry=KEEPALIVE_S)
+        return httpx.AsyncClient(limits=limits, timeout=self._timeout_s, trust_env=False, verify=self._ssl)
+
+    async def aclose(self) -> None:
+        for http in self._idle:
+            await http.aclose()
+
+
 class RolloutClient:
     """Keeps up to config.max_inflight requests in flight over all servers; survives servers that die.
 
@@ -149,6 +172,16 @@ class RolloutClient:
         self.service.wait_ready()
         return self._gather((self._sample(request) for request in requests), stoppable=True)
 
+    def submit(self, request: SampleRequest) -> concurrent.futures.Future[list[Completion]]:
+        """One request whose completions arrive in the returned Future, errors included; for callers whose next request depends on
+        an answer. Call `wait_ready` once before the first; cancel the Futures that nobody waits for any more.
+
+        Raises:
+            ValueError: as in `as_completed`; nothing was sent.
+        """
+        self._check_lengths(0, request)
+        return self._run(self._sample(request))
+
     def score(self, token_rows: Sequence[Sequence[int]]) -> list[list[float]]:
         """Engine logprobs of given tokens at temperature 1: entry t of a row is log p(row[t + 1] | row[: t + 1]).
 
@@ -193,8 +226,7 @@ class RolloutClient:
                 future.cancel()
 
     async def _open(self) -> None:
-        limits = httpx.Limits(max_connections=self.config.max_inflight, keepalive_expiry=KEEPALIVE_S)
-        self._http = httpx.AsyncClient(limits=limits, timeout=self.config.request_timeout_s, trust_env=False)
+        self._http = _Connections(self.config.request_timeout_s)
         self._slots = asyncio.Semaphore(self.config.max_inflight)
 
     async def _drop(self) -> None:
@@ -269,7 +301,7 @@ class RolloutClient:
         """The answer, or what was wrong with it. Raises RuntimeError when the server refuses the request."""
         url = f"{server.url}/inference/v1/generate"
         try:
-            response = await self._http.post(url, content=content, headers={"content-type": "application/json"})
+            response = await self._http.post(url, content)
         except httpx.TransportError as error:
             return f"{type(error).__name__} {error}"
         if response.is_client_error:

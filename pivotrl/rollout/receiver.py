@@ -1,24 +1,30 @@
 """Runs inside the vLLM server process (loaded by `--worker-extension-cls`): receives new policy weights.
 
-vLLM's native weight-transfer API (/start_weight_update, /update_weights, /finish_weight_update) gets one more backend,
-`file`: a safetensors file with Hugging Face names, on CPU and on CUDA. An update is checked in full (names, shapes,
-checksums) before the model is touched, so a refused update leaves the server on its old weights.
+vLLM's native weight-transfer API (/init_weight_transfer_engine, /start_weight_update, /update_weights, /finish_weight_update)
+gets one more backend, `pivotrl`, on CPU and on CUDA: weights under Hugging Face names, from a file or by broadcast. A file is
+checked in full (names, shapes, checksums) before the model is touched, so a refused one leaves the server on its old weights.
+Of a broadcast only names and shapes can be known before: one that is refused or broken off later leaves a server that must not
+serve, and that reports no version.
 """
 
 import functools
 import inspect
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from vllm.config import set_current_vllm_config
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.platforms import current_platform
 
-from pivotrl.rollout import tensor_checksum
+from pivotrl.rollout import LEFT_ALONE, REFUSED, TensorInfo, buckets, process_group, tensor_checksum
+from pivotrl.rollout.process_group import Group
 
 
 def prepack_experts_on_every_load() -> None:
@@ -51,69 +57,145 @@ def prepack_experts_on_every_load() -> None:
 
 
 @dataclass
-class FileInitInfo(WeightTransferInitInfo):
-    """A file needs no rendezvous."""
+class InitInfo(WeightTransferInitInfo):
+    """An invitation into the sender's process group: see `process_group.Meeting`. Weights in files need none."""
+
+    host: str
+    port: int
+    rank_offset: int
+    world_size: int
+    timeout_s: float
 
 
 @dataclass
-class FileUpdateInfo(WeightTransferUpdateInfo):
-    """One whole set of weights: a safetensors file and the checksum of every tensor the sender put into it."""
+class UpdateInfo(WeightTransferUpdateInfo):
+    """One part of an update: a file with the checksum of every tensor in it, the manifest of a broadcast, or one of its buckets.
+
+    A manifest row is [name, dtype, shape], a row of a bucket's tensors has the checksum, too.
+    """
 
     path: str = ""
     checksums: dict[str, int] = field(default_factory=dict)
+    manifest: list[list] = field(default_factory=list)
+    bucket: int = -1
+    tensors: list[list] = field(default_factory=list)
 
 
-class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo]):
-    """Backend `file` of vLLM's weight-transfer API."""
+class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
+    """Backend `pivotrl` of vLLM's weight-transfer API."""
 
-    init_info_cls = FileInitInfo
-    update_info_cls = FileUpdateInfo
+    init_info_cls = InitInfo
+    update_info_cls = UpdateInfo
 
-    def init_transfer_engine(self, init_info: FileInitInfo) -> None:
-        pass
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self._group: Group | None = None
+        self._opened = False
+        self._loaded: set[str] = set()
+        self._awaited: dict[str, tuple[str, tuple[int, ...]]] = {}
+        self._num_buckets = 0
+
+    def init_transfer_engine(self, init_info: InitInfo) -> None:
+        """Raises BrokenGroup when the group does not come about."""
+        self.shutdown()
+        config = self.parallel_config
+        worker = config.data_parallel_index * config.world_size + config.rank
+        self._group = process_group.accept(asdict(init_info), worker, self.device)
 
     def start_weight_update(self) -> None:
-        """Nothing yet: the model is opened for loading only once the file has passed its checks."""
+        """Nothing yet: the model is opened for loading only once names and shapes have passed their checks."""
 
     def update_weights(self, update_info: dict) -> None:
         self.receive_weights(self.parse_update_info(update_info))
         if not current_platform.is_cpu():
             torch.accelerator.synchronize()
 
-    def receive_weights(self, update_info: FileUpdateInfo) -> None:
-        """Check the file, then load it.
+    def receive_weights(self, update_info: UpdateInfo) -> None:
+        """Check a part of an update and load it.
 
         Raises:
-            ValueError: names or shapes differ from the model's, or a tensor's bytes differ from what the sender wrote.
+            ValueError: names or shapes differ from the model's, or a tensor's bytes differ from what the sender sent.
+            BrokenGroup: a bucket did not arrive. In both cases the model keeps its weights only if no bucket was loaded before.
         """
-        with safe_open(update_info.path, framework="pt") as file:
-            self._check(file, update_info.checksums)
-            parameters = {name for name, _ in self.model.named_parameters()}
-            initialize_layerwise_reload(self.model)
-            loaded = self.model.load_weights((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
-            if unloaded := parameters - loaded:
-                raise ValueError(f"these parameters got no weights: {sorted(unloaded)}")
+        with ExitStack() as on_failure:
+            on_failure.callback(self.end_loading)
+            if update_info.path:
+                self._load_file(update_info)
+            elif update_info.manifest:
+                self._expect(update_info.manifest)
+            else:
+                self._receive(update_info)
+            on_failure.pop_all()
 
     def finish_weight_update(self) -> None:
-        finalize_layerwise_reload(self.model, self.model_config)
+        """Raises ValueError when tensors of the manifest, or weights of the model, did not come."""
+        parameters = {name for name, _ in self.model.named_parameters()}
+        missing, unloaded = sorted(self._awaited), sorted(parameters - self._loaded)
+        self.end_loading()
+        if missing or unloaded:
+            raise ValueError(f"the update is incomplete: missing names {missing}, parameters without weights {unloaded}")
+
+    def end_loading(self) -> None:
+        """End layerwise loading, whatever has come; without all buckets the model is then good for nothing but the next update."""
+        if self._opened:
+            with set_current_vllm_config(self.vllm_config):
+                finalize_layerwise_reload(self.model, self.model_config)
+        self._opened, self._loaded, self._awaited = False, set(), {}
 
     def shutdown(self) -> None:
-        pass
+        if self._group:
+            self._group.close()
+        self._group = None
 
-    def _check(self, file, checksums: dict[str, int]) -> None:
+    def _load_file(self, update: UpdateInfo) -> None:
+        with safe_open(update.path, framework="pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            self._check_shapes(shapes)
+            if unsent := sorted(shapes.keys() ^ update.checksums.keys()):
+                raise ValueError(f"{REFUSED} without checksum {unsent}")
+            for name in shapes:
+                if tensor_checksum(file.get_tensor(name)) != update.checksums[name]:
+                    raise ValueError(f"{REFUSED} checksum of {name} differs from what the sender wrote")
+            self._load((name, file.get_tensor(name)) for name in shapes)
+
+    def _expect(self, manifest: list[list]) -> None:
+        self._check_shapes({name: tuple(shape) for name, _, shape in manifest})
+        self._awaited = {name: (dtype, tuple(shape)) for name, dtype, shape in manifest}
+        self._num_buckets = 0
+
+    def _receive(self, update: UpdateInfo) -> None:
+        if self._group is None:
+            raise process_group.BrokenGroup(f"{LEFT_ALONE} this server is in no group")
+        tensors = [TensorInfo(name, dtype, tuple(shape), checksum) for name, dtype, shape, checksum in update.tensors]
+        if update.bucket != self._num_buckets:
+            raise ValueError(f"{REFUSED} bucket {update.bucket} came where bucket {self._num_buckets} was due, first {tensors[0].name}")
+        for info in tensors:
+            if self._awaited.get(info.name) != (info.dtype, info.shape):
+                raise ValueError(f"{REFUSED} {info.name} is {info.dtype} {info.shape}, due was {self._awaited.get(info.name)}")
+        flat = torch.empty(buckets.num_bytes(tensors), dtype=torch.uint8, device=self.device)
+        self._group.broadcast(flat)
+        buckets.verify(flat, tensors)
+        self._load(iter(buckets.unpack(flat, tensors)))
+        self._num_buckets += 1
+        for info in tensors:
+            del self._awaited[info.name]
+
+    def _load(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
+        if not self._opened:
+            self._opened = True
+            initialize_layerwise_reload(self.model)
+        self._loaded |= self.model.load_weights(weights)
+
+    def _check_shapes(self, found: dict[str, tuple[int, ...]]) -> None:
         expected = checkpoint_shapes(Path(self.model_config.model))
-        found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         if self.model_config.hf_config.tie_word_embeddings:
             expected.pop("lm_head.weight", None)
         missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-        if missing or unexpected or found.keys() != checksums.keys():
-            unsent = sorted(found.keys() ^ checksums.keys())
-            raise ValueError(f"weights refused: missing names {missing}, unexpected names {unexpected}, without checksum {unsent}")
+        if missing or unexpected:
+            raise ValueError(f"{REFUSED} missing names {missing}, unexpected names {unexpected}")
         for name, shape in found.items():
             if shape != expected[name]:
-                raise ValueError(f"weights refused: {name} has shape {shape}, the model has {expected[name]}")
-            if tensor_checksum(file.get_tensor(name)) != checksums[name]:
-                raise ValueError(f"weights refused: checksum of {name} differs from what the sender wrote")
+                raise ValueError(f"{REFUSED} {name} has shape {shape}, the model has {expected[name]}")
 
 
 def checkpoint_shapes(model_path: Path) -> dict[str, tuple[int, ...]]:
@@ -132,8 +214,13 @@ def checkpoint_shapes(model_path: Path) -> dict[str, tuple[int, ...]]:
 
 
 class WorkerExtension:
-    """What vLLM mixes into its worker class; importing this module is all that is needed."""
+    """What vLLM mixes into its worker class. Importing this module repairs MoE layers on CPU and registers the receiver."""
+
+    def abandon_weight_update(self) -> None:
+        """Forget an update that was broken off: vLLM would refuse to start another one for ever."""
+        self.weight_transfer_engine.end_loading()
+        self._weight_update_active = False
 
 
 prepack_experts_on_every_load()
-WeightTransferEngineFactory.register_engine("file", FileWeightTransferEngine)
+WeightTransferEngineFactory.register_engine("pivotrl", Receiver)

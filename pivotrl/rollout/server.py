@@ -7,13 +7,14 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import httpx
 
-from pivotrl.rollout import WeightFile
+from pivotrl.rollout import UPDATING
 
 HEALTH_TIMEOUT_S = 10.0
 # A process of its own, so that a trainer killed with SIGKILL leaves no server behind. It looks at its parent's id instead
@@ -126,23 +127,42 @@ class Server:
             return False
 
     def version(self) -> int:
-        """The policy version that the server itself reports; 0 before the first weight sync."""
+        """The policy version that the server itself reports; 0 before the first weight sync, -1 when an update was broken off."""
         return parse_version(self.request("GET", "/weight_info")["weight_version"])
 
-    def load_weights(self, file: WeightFile, *, timeout_s: float) -> None:
-        """Give it the weights, and have it forget cached prefixes.
+    def start_update(self, *, timeout_s: float, abandon: bool = True) -> None:
+        """Open the model for new weights. `abandon`: an earlier update may have been broken off, perhaps by a trainer that died;
+        vLLM would refuse the next one for ever."""
+        if abandon:
+            self.request("POST", "/collective_rpc", {"method": "abandon_weight_update"}, timeout_s=timeout_s)
+        self.request("POST", "/start_weight_update", timeout_s=timeout_s)
+
+    def update(self, update_info: dict, *, timeout_s: float) -> None:
+        """One part of an update, in the receiver's words. Raises RuntimeError when the server refuses it."""
+        self.request("POST", "/update_weights", {"update_info": update_info}, timeout_s=timeout_s)
+
+    def finish_update(self, version: int, *, timeout_s: float) -> None:
+        """The model is whole again and has a version."""
+        self.request("POST", "/finish_weight_update", {"weight_version": str(version)}, timeout_s=timeout_s)
+
+    def confirm(self, version: int) -> None:
+        """Have it forget cached prefixes, and ask for its version.
 
         Raises:
-            RuntimeError: it refused them, or reports another version afterwards.
+            RuntimeError: it reports another version, or has requests in flight.
             httpx.TransportError: it does not answer.
         """
-        update = {"path": str(file.path.resolve()), "checksums": file.checksums}
-        self.request("POST", "/start_weight_update", timeout_s=timeout_s)
-        self.request("POST", "/update_weights", {"update_info": update}, timeout_s=timeout_s)
-        self.request("POST", "/finish_weight_update", {"weight_version": str(file.version)}, timeout_s=timeout_s)
         self.reset_prefix_cache()
-        if (reported := self.version()) != file.version:
-            raise RuntimeError(f"{self.url} reports policy version {reported} after it was given {file.version}")
+        if (reported := self.version()) != version:
+            raise RuntimeError(f"{self.url} reports policy version {reported} after it was given {version}")
+
+    def sleep(self, level: int, *, timeout_s: float) -> None:
+        """Free its GPU memory; level 1 keeps the weights in host memory, level 2 forgets them."""
+        self.request("POST", f"/sleep?level={level}", timeout_s=timeout_s)
+
+    def wake(self, tag: str, *, timeout_s: float) -> None:
+        """Allocate again what `tag` ("weights" or "kv_cache") names."""
+        self.request("POST", f"/wake_up?tags={tag}", timeout_s=timeout_s)
 
     def reset_prefix_cache(self) -> None:
         """Raises RuntimeError while requests are in flight."""
@@ -157,9 +177,32 @@ class Server:
         return response.json()
 
 
+def each(servers: Sequence[Server], call: Callable[[Server], None]) -> dict[int, str]:
+    """`call` for all servers at the same time. Index of every server that did not answer, and what was seen of it.
+
+    Raises:
+        RuntimeError: a server refused; its message says why.
+    """
+    if not servers:
+        return {}
+    problems = {}
+    with ThreadPoolExecutor(len(servers)) as pool:
+        for server, asked in [(server, pool.submit(call, server)) for server in servers]:
+            try:
+                asked.result()
+            except httpx.TransportError as error:
+                problems[server.index] = no_answer(server, error)
+    return problems
+
+
+def no_answer(server: Server, error: httpx.TransportError) -> str:
+    """A reason for people: which server, and whether it was gone or too slow."""
+    return f"{server.url}: {type(error).__name__} {error}".rstrip()
+
+
 def parse_version(weight_version: str) -> int:
-    """The policy version in vLLM's notation; "default" (never updated) is 0."""
-    return 0 if weight_version == "default" else int(weight_version)
+    """The policy version in vLLM's notation; "default" (never updated) is 0, no version (in the middle of an update) -1."""
+    return {"default": 0, UPDATING: -1}[weight_version] if weight_version in ("default", UPDATING) else int(weight_version)
 
 
 def error_message(response: httpx.Response) -> str:

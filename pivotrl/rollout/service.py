@@ -1,31 +1,31 @@
 """Starts, watches and stops the vLLM servers of one run, and keeps them on the newest policy weights."""
 
 import atexit
-import json
 import os
 import sys
 import threading
 import time
 import zlib
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 
 from pivotrl import preemption, watchdog
 from pivotrl.config import RolloutConfig
-from pivotrl.rollout import WeightFile
-from pivotrl.rollout.server import Server, address, free_port
-from pivotrl.rollout.weights_folder import WeightsFolder
+from pivotrl.rollout import command
+from pivotrl.rollout.server import Server, address, each, free_port
+from pivotrl.rollout.transport import Pushed, make_transport
+
+if TYPE_CHECKING:
+    import torch
 
 PORT_RETRIES = 3
 STOP_GRACE_S = 10.0
 POLL_S = 0.2
-SHARED_MEMORY = Path("/dev/shm")
-# they would make the engine join the trainer's process group
-TORCHRUN_VARIABLES = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR", "MASTER_PORT"}
+# vLLM's sleep levels: the weights go to host memory and come back from there, or they are forgotten and must be loaded again
+LIGHT_SLEEP, DEEP_SLEEP = 1, 2
 
 
 class RolloutService:
@@ -42,14 +42,15 @@ class RolloutService:
         ValueError: the configuration cannot work with this model.
     """
 
-    worker_extension = "pivotrl.rollout.receiver.WorkerExtension"
+    worker_extension = command.WORKER_EXTENSION
 
     def __init__(self, config: RolloutConfig, model_path: Path, log_dir: Path, *, seed: int):
         self.config, self.model_path, self.log_dir, self.seed = config, Path(model_path), Path(log_dir), seed
-        self.max_model_tokens = 0 if config.urls else self._max_model_tokens()
+        command.check(config)
+        self.max_model_tokens = 0 if config.urls else command.max_model_tokens(config, self.model_path)
+        self.transport = make_transport(config, self.log_dir)
         self.on_event: Callable[[str, dict[str, Any]], None] = lambda event, values: None
-        self._weights: WeightFile | None = None
-        self._folder: WeightsFolder | None = None
+        self._asleep = 0  # the level at which the servers sleep
         self._lock = threading.RLock()
         self._closed = threading.Event()
         self._repairs: list[threading.Thread] = []
@@ -69,7 +70,7 @@ class RolloutService:
     @property
     def version(self) -> int | None:
         """The policy version that every server in rotation holds; None before the first weight sync."""
-        return self._weights.version if self._weights else None
+        return self.transport.version
 
     def __enter__(self) -> "RolloutService":
         self.start()
@@ -79,10 +80,11 @@ class RolloutService:
         self.close()
 
     def start(self) -> None:
-        """Launch the servers and return at once; a second call does nothing."""
+        """Launch the servers and return at once; a second call does nothing. ValueError where this machine cannot do it."""
         with self._lock:
             if self._servers:
                 return
+            command.check_device(self.config)
             self.log_dir.mkdir(parents=True, exist_ok=True)
             atexit.register(self.close)
             logs = [self.log_dir / f"server_{i}.log" for i in range(self.config.num_servers)]
@@ -96,9 +98,11 @@ class RolloutService:
         Returns early when the process was asked to leave.
 
         Raises:
-            RuntimeError: a server process ended, or all servers were given up; shows the end of a log.
+            RuntimeError: a server process ended, or all servers were given up (shows the end of a log), or they sleep.
             TimeoutError: config.startup_timeout_s went by.
         """
+        if self._asleep:
+            raise RuntimeError("the rollout servers sleep: call wake(), or push weights, before they are asked")
         with self._lock:
             self.start()
             starting = [server for server in self._servers if not server.ready and not server.proved_at]
@@ -162,38 +166,44 @@ class RolloutService:
             repair.join()
         self.route(0)
 
-    def weights_path(self, version: int) -> Path:
-        """Where to write the weights of a version: config.weights_dir, else shared memory, or the log folder for attached
-        servers, which may run on other nodes."""
-        if self._folder is None:
-            shared = self.config.weights_dir or (SHARED_MEMORY if SHARED_MEMORY.is_dir() and not self.config.urls else self.log_dir)
-            self._folder = WeightsFolder(Path(shared))
-            atexit.register(self.close)
-        return self._folder.path(version)
-
-    def load_weights(self, file: WeightFile) -> None:
-        """Load `file` into every server in rotation and forget cached prefixes; the others get it before they return. The file then
-        belongs to the service, which deletes it with the next one.
+    def load_weights(self, weights: Iterable[tuple[str, "torch.Tensor"]], *, version: int) -> Pushed:
+        """Put the weights into every server in rotation and forget cached prefixes; the others get them before they return. Servers that
+        sleep are woken, the weights' memory first, the cache's when the weights are there. See `Transport.push`.
 
         Raises:
-            RuntimeError: a server refused it; its message says why.
+            ValueError, RuntimeError: the weights were refused, the message says why; those before them are the current ones still.
         """
-        self.wait_ready()
+        if not self._asleep:
+            self.wait_ready()
         with self._lock:
-            previous, self._weights = self._weights, file
-            servers = [server for server in self._servers if server.ready]
-            try:
-                with ThreadPoolExecutor(max(1, len(servers))) as pool:
-                    problems = list(pool.map(lambda server: self._load(server, file), servers))
-            except RuntimeError:
-                self._weights = previous
-                file.path.unlink(missing_ok=True)
-                raise
-            for server, problem in zip(servers, problems, strict=True):
-                if problem:
-                    self._take_down(server, problem)
-            if previous:
-                previous.path.unlink(missing_ok=True)
+            pushed: list[Pushed] = []
+
+            def push(servers: list[Server]) -> dict[int, str]:
+                pushed.append(self.transport.push(weights, version, servers))
+                return pushed[0].problems
+
+            self._load(push)
+        self.wait_ready()
+        return pushed[0]
+
+    def sleep(self) -> None:
+        """Colocated servers give their GPU memory to the trainer, until `load_weights` or `wake`; others do nothing. Call it while no
+        request is in flight. A server that dies meanwhile is started again when the others wake."""
+        if not self.config.colocated or self._asleep:
+            return
+        self.wait_ready()
+        for repair in list(self._repairs):
+            repair.join()  # a server that starts takes memory, too
+        with self._lock:
+            self._asleep = LIGHT_SLEEP if self.version is None else DEEP_SLEEP
+            self._try(lambda server: server.sleep(self._asleep, timeout_s=self.config.request_timeout_s))
+
+    def wake(self) -> None:
+        """Wake servers that sleep, with the weights that they had; without `sleep` before, nothing."""
+        if not self._asleep:
+            return
+        with self._lock:
+            self._load(self.transport.load if self._asleep == DEEP_SLEEP else lambda servers: {})
         self.wait_ready()
 
     def reported_versions(self) -> list[int]:
@@ -231,77 +241,57 @@ class RolloutService:
                 server.terminate()
             for server in self._servers:
                 server.stop(grace_s=STOP_GRACE_S)
-            if self._folder:
-                self._folder.close()
-            self._servers, self._weights, self._folder = [], None, None
+            self.transport.close()
+            self._servers = []
             self._http.close()
 
     def command(self, server_index: int, port: int) -> list[str]:
         """The command line of one server."""
-        config = self.config
-        options: dict[str, object] = {
-            "model": self.model_path,
-            "served-model-name": "policy",
-            "host": "127.0.0.1",
-            "port": port,
-            "dtype": config.dtype,
-            "seed": (self.seed + server_index) % 2**31,
-            "max-model-len": self.max_model_tokens,
-            "max-num-seqs": config.max_sequences,
-            "tensor-parallel-size": config.tensor_parallel,
-            "logprobs-mode": "processed_logprobs",
-            "generation-config": "vllm",  # sampling follows the request alone, not defaults in the model's folder
-            "worker-extension-cls": self.worker_extension,
-            "weight-transfer-config": json.dumps({"backend": "file"}),
-        }
-        # scale-out opens the token-in-token-out route, the one that reports every sampled token's weight version
-        flags = ["--enable-scale-out", "--disable-uvicorn-access-log", *(["--enforce-eager"] if config.enforce_eager else [])]
-        if config.tensor_parallel == 1:
-            options["distributed-executor-backend"] = "uni"
-        if _on_cuda():
-            options["gpu-memory-utilization"] = config.gpu_memory_utilization
-        else:
-            options["kv-cache-memory-bytes"] = int(config.kv_cache_gib * 2**30)
-            # whole prompts only: vLLM 0.32 dies on CPU when a seeded request's prompt is split over two steps
-            options["max-num-batched-tokens"] = max(self.max_model_tokens, 8192)
-            flags.append("--no-enable-chunked-prefill")
-        values = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
-        return [sys.executable, "-W", "ignore", "-m", "vllm.entrypoints.openai.api_server", *values, *flags]
+        seed, extension = self.seed + server_index, self.worker_extension
+        return command.server_command(self.config, self.model_path, port=port, seed=seed, extension=extension)
 
     def environment(self, server_index: int) -> dict[str, str]:
         """The environment of one server."""
-        paths = [str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
-        settings = {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-        settings["VLLM_SERVER_DEV_MODE"] = "1"  # opens the weight-transfer and prefix-cache routes, on 127.0.0.1 only
-        if _on_cuda():
-            size, visible = self.config.tensor_parallel, os.environ.get("CUDA_VISIBLE_DEVICES", "")
-            devices = self.config.gpus or (visible.split(",") if visible else range(self.config.num_servers * size))
-            mine = list(devices)[server_index * size : (server_index + 1) * size]
-            settings["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, mine))
-        else:
-            # Spinning OpenMP threads beside a busy trainer cost a factor of ten; compilation costs 20 s at the first request.
-            settings |= {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-        return {name: value for name, value in os.environ.items() if name not in TORCHRUN_VARIABLES} | settings
-
-    def _max_model_tokens(self) -> int:
-        config, wanted = self.config, self.config.max_prompt_tokens + self.config.max_new_tokens
-        if config.num_servers < 1:
-            raise ValueError(f"rollout.num_servers is {config.num_servers}; give at least 1, or rollout.urls to attach to servers")
-        if config.gpus and len(config.gpus) != config.num_servers * config.tensor_parallel:
-            needed = config.num_servers * config.tensor_parallel
-            raise ValueError(f"rollout.gpus names {len(config.gpus)} devices; num_servers * tensor_parallel needs {needed}")
-        if not (self.model_path / "config.json").is_file():
-            raise ValueError(f"{self.model_path} is no Hugging Face model folder: it has no config.json")
-        positions = json.loads((self.model_path / "config.json").read_text())["max_position_embeddings"]
-        if wanted > positions:
-            raise ValueError(
-                f"rollout.max_prompt_tokens + rollout.max_new_tokens = {wanted}, but the model has {positions} positions: lower one"
-            )
-        return min(wanted + 1, positions)  # one more, so that a full row can be scored
+        return command.server_environment(self.config, server_index, os.environ)
 
     def _launch(self, server: Server) -> None:
         port = free_port()
         server.launch(self.command(server.index, port), port, self.environment(server.index))
+
+    def _load(self, load: Callable[[list[Server]], dict[int, str]]) -> None:
+        """Have `load` put weights into all servers in rotation, asleep or not; those that fail leave it and are repaired."""
+        asleep, timeout_s = self._asleep, self.config.request_timeout_s
+        if asleep:
+            self._try(lambda server: server.wake("weights", timeout_s=timeout_s))
+        self._fill(load, [server for server in self._servers if server.ready])
+        if asleep:
+            self._try(lambda server: server.wake("kv_cache", timeout_s=timeout_s))
+        if (version := self.version) is not None:
+            self._try(lambda server: server.confirm(version))
+        self._asleep = 0
+        for server in self._servers if asleep else []:
+            if not server.ready and not server.lost:  # it died in its sleep
+                self._repair(server)
+
+    def _fill(self, load: Callable[[list[Server]], dict[int, str]], servers: list[Server]) -> None:
+        try:
+            problems = load(servers)
+        except (RuntimeError, ValueError) as error:
+            for server in servers:
+                if not self._serves(server):  # it lost its old weights and got no others
+                    self._take_down(server, str(error), keep=True)
+            raise
+        for server in servers:
+            if server.index in problems:
+                self._take_down(server, problems[server.index], keep=True)
+
+    def _try(self, call: Callable[[Server], None]) -> None:
+        """`call` for all servers in rotation; those that do not answer leave it. Raises RuntimeError when one refuses."""
+        servers = [server for server in self._servers if server.ready]
+        problems = each(servers, call)
+        for server in servers:
+            if server.index in problems:
+                self._take_down(server, problems[server.index])
 
     def _has_started(self, server: Server) -> bool:
         """Whether a starting server is in rotation; puts it there, with the current weights, as soon as it answers."""
@@ -321,8 +311,10 @@ class RolloutService:
         if not server.healthy():
             return False
         with self._lock:
-            if self._weights:
-                server.load_weights(self._weights, timeout_s=self.config.request_timeout_s)
+            if (version := self.version) is not None:
+                if problem := self.transport.load([server]).get(server.index):
+                    raise RuntimeError(problem)
+                server.confirm(version)
             server.proved_at = time.monotonic()
             server.ready = True
         return True
@@ -332,39 +324,40 @@ class RolloutService:
         if server.ended or not any(server.healthy() for _ in range(3)):
             return False
         try:
-            return self._weights is None or server.version() == self._weights.version
+            return self.version is None or server.version() == self.version
         except (RuntimeError, httpx.TransportError):
             return False
 
-    def _load(self, server: Server, file: WeightFile) -> str:
-        """Empty, or why the server did not answer; raises when it refuses."""
-        try:
-            server.load_weights(file, timeout_s=self.config.request_timeout_s)
-        except httpx.TransportError as error:
-            return f"{type(error).__name__} {error}"
-        return ""
-
-    def _take_down(self, server: Server, why: str) -> None:
-        """Out of rotation at once; a thread brings it back."""
+    def _take_down(self, server: Server, why: str, *, keep: bool = False) -> None:
+        """Out of rotation at once; a thread brings it back. `keep`: its process may be well, only its weights are not."""
         server.ready = False
         self._tell("server_down", server, why)
-        repair = threading.Thread(target=self._bring_back, args=(server,), name=f"repair-{server.index}", daemon=True)
+        if self._asleep:  # the memory is the trainer's now
+            server.stop(grace_s=0.0)
+        else:
+            self._repair(server, keep=keep)
+
+    def _repair(self, server: Server, *, keep: bool = False) -> None:
+        repair = threading.Thread(target=self._bring_back, args=(server, keep), name=f"repair-{server.index}", daemon=True)
         self._repairs = [thread for thread in self._repairs if thread.is_alive()] + [repair]
         repair.start()
 
-    def _bring_back(self, server: Server) -> None:
+    def _bring_back(self, server: Server, keep: bool) -> None:
         """Restart a server of our own, as often as rollout.max_restarts allows, or wait for somebody else's, until it serves."""
+        problem = ""
+        keep = keep and not server.ended and server.healthy()
         while not self._closed.is_set() and not preemption.requested():
-            if server.own:
+            if server.own and not keep:
                 if server.total.restarts >= self.config.max_restarts:
                     server.lost = (
-                        f"a rollout server died {server.total.restarts + 1} times (rollout.max_restarts {self.config.max_restarts}); "
-                        f"end of {server.log_path}:\n{server.log_tail()}"
+                        f"a rollout server died {server.total.restarts + 1} times (rollout.max_restarts {self.config.max_restarts})"
+                        f"{problem and '; ' + problem}; end of {server.log_path}:\n{server.log_tail()}"
                     )
                     break
                 server.stop(grace_s=0.0)
                 server.total.restarts += 1
                 self._launch(server)
+            keep = False
             problem = self._await(server)
             if not problem:
                 return self._tell("server_up", server, f"policy version {self.version or 0} verified")
@@ -392,9 +385,3 @@ class RolloutService:
         verb = {"server_down": "restarting" if server.own else "waiting for", "server_up": "back:", "server_lost": "given up:"}[event]
         print(f"rollout: {verb} {server.url} (server {server.index}): {why}", file=sys.stderr, flush=True)
         self.on_event(event, {"server": server.index, "url": server.url, "why": why})
-
-
-def _on_cuda() -> bool:
-    import torch
-
-    return torch.cuda.is_available()

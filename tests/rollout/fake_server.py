@@ -18,22 +18,30 @@ from pivotrl.rollout.service import RolloutService
 
 class FakeVllm(BaseHTTPRequestHandler):
     """Tokens follow from prompt and seed. A prompt holding 400 or 500 gets that status, 503 does once on all servers together;
-    99 kills the process once, midway."""
+    99 kills the process once, midway. Broadcast weights are received and checked as the real receiver does it, and thrown away; the
+    first bucket's first byte arrives wrong as long as the file `damage` lies beside the marker, whose text is the server's port."""
 
     protocol_version = "HTTP/1.1"
     lock, in_flight, max_in_flight, version, die_marker = threading.Lock(), 0, 0, "default", Path()
+    calls, group, received = [], None, {}
 
     def log_message(self, *_):
         pass
 
     def do_GET(self):
-        replies = {"/health": {}, "/weight_info": {"weight_version": FakeVllm.version}, "/seen": {"max_in_flight": FakeVllm.max_in_flight}}
+        replies = {"/health": {}, "/weight_info": {"weight_version": FakeVllm.version}, "/get_world_size": {"world_size": 1}}
+        replies |= {"/seen": {"max_in_flight": FakeVllm.max_in_flight}, "/calls": FakeVllm.calls, "/received": FakeVllm.received}
         self.reply(200, replies[self.path])
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers.get("content-length", 0))) or b"{}")
         if self.path != "/inference/v1/generate":
-            FakeVllm.version = body.get("weight_version", FakeVllm.version)
+            FakeVllm.calls.append(self.path)
+            FakeVllm.version = body.get("weight_version", body.get("new_version", FakeVllm.version))
+            try:
+                self.receive(body)
+            except (RuntimeError, ValueError) as error:
+                return self.reply(500, {"error": {"message": str(error)}})
             return self.reply(200, {"success": True})
         with self.lock:
             FakeVllm.in_flight += 1
@@ -60,6 +68,27 @@ class FakeVllm(BaseHTTPRequestHandler):
                 {"index": i, "finish_reason": "length", "token_ids": tokens, "logprobs": {"content": content}, "weight_versions": [span]}
             )
         self.reply(200, {"choices": choices})
+
+    def receive(self, body):
+        if "init_info" in body:
+            import torch
+
+            from pivotrl.rollout import process_group
+
+            FakeVllm.group = process_group.accept(body["init_info"], 0, torch.device("cpu"))
+        elif "tensors" in body.get("update_info", {}):
+            import torch
+
+            from pivotrl.rollout import TensorInfo, buckets
+
+            tensors = [TensorInfo(name, dtype, tuple(shape), checksum) for name, dtype, shape, checksum in body["update_info"]["tensors"]]
+            flat = torch.empty(buckets.num_bytes(tensors), dtype=torch.uint8)
+            FakeVllm.group.broadcast(flat)
+            damage = self.die_marker.with_name("damage")
+            if damage.exists() and damage.read_text() == str(self.server.server_address[1]):
+                flat[0] ^= 1
+            buckets.verify(flat, tensors)
+            FakeVllm.received |= {info.name: info.checksum for info in tensors}
 
     def reply(self, status, payload):
         content = json.dumps(payload, separators=(",", ":")).encode()
@@ -99,18 +128,34 @@ class SwitchExtension(WorkerExtension):
         else:
             Method._setup_kernel = type(self).repaired
         return {}
+
+    def damage(self, bucket):
+        # flip a bit of one bucket of the next update, as it arrives
+        group, counted = self.weight_transfer_engine._group, []
+        original = group.broadcast
+        def broadcast(flat, *options):
+            original(flat, *options)
+            counted.append(flat)
+            if len(counted) == bucket + 1:
+                flat[3] ^= 64
+        group.broadcast = broadcast
+        return {}
 """
 _started: list[RolloutService] = []
+
+
+def new_service(folder: Path, **options) -> RolloutService:
+    """A service with real vLLM servers for a tiny model, not started yet."""
+    write_tiny_model(folder / "model", 0)
+    (folder / "switch_extension.py").write_text(SWITCH_EXTENSION)
+    sizes = {"max_prompt_tokens": 200, "max_new_tokens": 300, "kv_cache_gib": 0.1, "max_sequences": 64, "max_restarts": 1}
+    return ServiceWithSwitch(RolloutConfig(**sizes | options), folder / "model", folder / "logs", seed=0)
 
 
 def real_service(tmp_path_factory) -> RolloutService:
     """One real vLLM server for the whole test session, serving a tiny model; it stops when Python does."""
     if not _started:
-        folder = tmp_path_factory.mktemp("rollout")
-        write_tiny_model(folder / "model", 0)
-        (folder / "switch_extension.py").write_text(SWITCH_EXTENSION)
-        config = RolloutConfig(max_prompt_tokens=200, max_new_tokens=300, kv_cache_gib=0.1, max_sequences=64, max_restarts=1)
-        service = ServiceWithSwitch(config, folder / "model", folder / "logs", seed=0)
+        service = new_service(tmp_path_factory.mktemp("rollout"))
         service.start()
         service.wait_ready()
         assert service.reported_versions() == [0]
@@ -196,7 +241,10 @@ if __name__ == "__main__":
     parser.add_argument("--die-marker", type=Path)
     parser.add_argument("--fail-once", type=Path, help="unless this file exists, make it and end as if the port were taken")
     parser.add_argument("--fail", help="end at once with this message")
+    parser.add_argument("--receives", action="store_true", help="be ready for broadcast weights")
     arguments = parser.parse_args()
+    if arguments.receives:
+        import pivotrl.rollout.process_group  # noqa: F401 - takes seconds: before anybody waits for it
     if arguments.fail:
         sys.exit(arguments.fail)
     if arguments.fail_once and not arguments.fail_once.exists():

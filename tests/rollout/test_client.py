@@ -18,7 +18,6 @@ from fake_server import FakeService, hf_weights, real_service, write_config, wri
 
 from pivotrl import preemption  # noqa: E402
 from pivotrl.config import RolloutConfig  # noqa: E402
-from pivotrl.rollout import WeightFile  # noqa: E402
 from pivotrl.rollout.client import RolloutClient, SampleRequest  # noqa: E402
 from pivotrl.weight_sync import push  # noqa: E402
 
@@ -77,9 +76,7 @@ def wait_until(ripe, seconds=30.0):
 
 def load(service, version):
     """A weight sync as far as a fake server goes."""
-    path = service.weights_path(version)
-    path.write_text("weights")
-    service.load_weights(WeightFile(path, version, {}))
+    service.load_weights([("w", torch.zeros(3))], version=version)
 
 
 def request(*prompt, key="", n=2, seed=0, max_tokens=3):
@@ -129,6 +126,19 @@ def test_leaving_early_cancels_the_rest(connect):
     next(results)
     results.close()
     assert client.sample([request(1000)]) and client.metrics.requests < 10
+
+
+def test_a_caller_may_ask_one_by_one(connect):
+    client = connect(max_inflight=2)
+    client.wait_ready()
+    requests = [request(1, i, n=1) for i in range(5)]
+    futures = [client.submit(one) for one in requests]
+    assert [future.result(timeout=20) for future in futures] == client.sample(requests)
+    with pytest.raises(ValueError, match="max_tokens 51"):
+        client.submit(request(1, max_tokens=51))
+    waiting = client.submit(request(2, n=1))
+    waiting.cancel()
+    assert waiting.cancelled() and client.submit(requests[0]).result(timeout=20) == futures[0].result()
 
 
 def test_refused_requests_raise_the_servers_message(connect):

@@ -1,9 +1,11 @@
 """One server alone; what a fleet makes of it is tested with the service and the client."""
 
+import threading
+
 import httpx
 import pytest
 
-from pivotrl.rollout.server import Load, Server, address, error_message, parse_version
+from pivotrl.rollout.server import Load, Server, address, each, error_message, parse_version
 
 
 def answering(handler, **options) -> Server:
@@ -18,7 +20,7 @@ def test_a_load_is_handed_out_once():
     assert server.take_load() == Load(requests=1) and server.take_load() == Load() and server.total.requests == 4
 
 
-@pytest.mark.parametrize(("text", "expected"), [("default", 0), ("0", 0), ("17", 17)])
+@pytest.mark.parametrize(("text", "expected"), [("default", 0), ("0", 0), ("17", 17), ("updating", -1)])
 def test_versions(text, expected):
     assert parse_version(text) == expected
 
@@ -41,14 +43,30 @@ def test_no_answer_is_no_health_and_a_refusal_says_why():
     assert error_message(httpx.Response(500, text="plain")) == "plain"
 
 
-def test_a_server_that_took_the_weights_but_reports_others_is_refused(tmp_path):
-    from pivotrl.rollout import WeightFile
-
+def test_a_server_that_took_the_weights_but_reports_others_is_refused():
     version = {"weight_version": "3", "success": True}
     server = answering(lambda request: httpx.Response(200, json=version))
-    server.load_weights(WeightFile(tmp_path / "weights", 3, {}), timeout_s=1.0)
+    server.confirm(3)
     with pytest.raises(RuntimeError, match="reports policy version 3 after it was given 4"):
-        server.load_weights(WeightFile(tmp_path / "weights", 4, {}), timeout_s=1.0)
+        server.confirm(4)
     version["success"] = False
     with pytest.raises(RuntimeError, match="has requests in flight"):
-        server.load_weights(WeightFile(tmp_path / "weights", 3, {}), timeout_s=1.0)
+        server.confirm(3)
+
+
+def test_all_servers_are_asked_at_once_and_the_silent_ones_named():
+    together = threading.Barrier(2, timeout=5)
+
+    def answer(request):
+        together.wait()
+        if request.url.host == "gone":
+            raise httpx.ReadTimeout("timed out")
+        return httpx.Response(200, json={})
+
+    http = httpx.Client(transport=httpx.MockTransport(answer))
+    servers = [Server(0, http, "http://here"), Server(1, http, "http://gone")]
+    assert each(servers, lambda server: server.finish_update(1, timeout_s=1.0)) == {1: "http://gone: ReadTimeout timed out"}
+    assert each([], lambda server: server.confirm(1)) == {}
+    refusing = answering(lambda request: httpx.Response(500, json={"error": {"message": "no"}}))
+    with pytest.raises(RuntimeError, match="status 500: no"):
+        each([refusing], lambda server: server.wake("weights", timeout_s=1.0))

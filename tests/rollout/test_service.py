@@ -7,13 +7,16 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from fake_server import FakeService, write_config  # noqa: E402
 
 from pivotrl.config import RolloutConfig  # noqa: E402
-from pivotrl.rollout import WeightFile  # noqa: E402
+from pivotrl.rollout import command  # noqa: E402
 from pivotrl.rollout.service import RolloutService  # noqa: E402
+
+WEIGHTS = [("w", torch.zeros(3))]
 
 
 @pytest.fixture
@@ -70,9 +73,7 @@ def test_a_dead_server_is_restarted_with_the_newest_weights_before_it_serves(mak
     with make(max_restarts=1) as service:
         service.wait_ready()
         assert service.reported_versions() == [0]
-        path = service.weights_path(7)
-        path.write_text("weights")
-        service.load_weights(WeightFile(path, 7, {}))
+        service.load_weights(WEIGHTS, version=7)
         service.ensure_alive()
         assert service.num_restarts == 0
         os.kill(service._servers[0].process.pid, signal.SIGKILL)
@@ -83,7 +84,6 @@ def test_a_dead_server_is_restarted_with_the_newest_weights_before_it_serves(mak
         time.sleep(0.2)
         with pytest.raises(RuntimeError, match="died 2 times"):
             service.ensure_alive()
-    assert not path.exists()
 
 
 def test_attached_servers_are_neither_started_nor_stopped(make):
@@ -92,7 +92,9 @@ def test_attached_servers_are_neither_started_nor_stopped(make):
         with make(urls=owner.urls) as attached:
             attached.wait_ready()
             assert attached.reported_versions() == [0] and attached.urls == owner.urls
-            assert attached.weights_path(1).is_relative_to(attached.log_dir)
+            attached.load_weights(WEIGHTS, version=1)
+            (file,) = attached.log_dir.glob("*/*.safetensors")
+            assert file.name.startswith("version_1_") and attached.reported_versions() == [1]
         assert alive(owner._servers[0].process.pid)
         with make(urls=owner.urls) as attached:
             attached.wait_ready()
@@ -103,7 +105,7 @@ def test_attached_servers_are_neither_started_nor_stopped(make):
 
 
 ORPHAN_MAKER = """
-import sys, time
+import sys, time, torch
 from pathlib import Path
 from fake_server import FakeService, write_config
 from pivotrl.config import RolloutConfig  # noqa: E402
@@ -112,7 +114,7 @@ config = RolloutConfig(max_prompt_tokens=100, max_new_tokens=50, weights_dir=str
 service = FakeService(config, write_config(folder / "model"), folder / "logs", seed=0)
 service.start()
 service.wait_ready()
-service.weights_path(1).write_text("weights")
+service.load_weights([("w", torch.zeros(3))], version=1)
 print(service._servers[0].process.pid, service._servers[0].watchdog.pid, flush=True)
 time.sleep(60)
 """
@@ -129,10 +131,12 @@ def test_no_orphans_and_no_weights_survive_a_killed_parent(make, tmp_path):
     assert gone(pids)
     (left,) = tmp_path.glob("pivotrl-weights-*")
     with make(weights_dir=str(tmp_path)) as service:
-        first = service.weights_path(1)
+        service.load_weights(WEIGHTS, version=1)
+        (first,) = set(tmp_path.glob("pivotrl-weights-*"))
+        assert first != left
         with make(weights_dir=str(tmp_path)) as other:
-            assert other.weights_path(1).parent.exists()
-            assert not left.exists() and first.parent.exists()
+            other.load_weights(WEIGHTS, version=1)
+            assert first.exists() and len(set(tmp_path.glob("pivotrl-weights-*"))) == 2
     assert not list(tmp_path.glob("pivotrl-weights-*"))
 
 
@@ -152,3 +156,94 @@ def test_impossible_configurations_are_refused(make, options, message):
 def test_a_folder_without_a_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no config.json"):
         RolloutService(RolloutConfig(), tmp_path, tmp_path, seed=0)
+
+
+@pytest.fixture
+def colocated(make, monkeypatch):
+    """Two colocated servers, on a machine that looks as if it had CUDA."""
+    monkeypatch.setattr(command, "on_cuda", lambda: True)
+    with make(colocated=True, num_servers=2) as service:
+        service.wait_ready()
+        yield service
+
+
+def calls(service):
+    return [httpx.get(f"{server.url}/calls").json() for server in service._servers]
+
+
+LOADING = ["/collective_rpc", "/start_weight_update", "/update_weights", "/finish_weight_update"]
+
+
+def test_servers_sleep_until_a_push_wakes_the_weights_first_and_the_cache_after_loading(colocated):
+    colocated.load_weights(WEIGHTS, version=1)
+    before = calls(colocated)
+    colocated.sleep()
+    colocated.sleep()
+    with pytest.raises(RuntimeError, match="the rollout servers sleep: call wake"):
+        colocated.wait_ready()
+    colocated.load_weights(WEIGHTS, version=2)
+    woken = ["/sleep?level=2", "/wake_up?tags=weights", *LOADING, "/wake_up?tags=kv_cache", "/reset_prefix_cache"]
+    assert [after[len(was) :] for was, after in zip(before, calls(colocated), strict=True)] == [woken, woken]
+    assert colocated.reported_versions() == [2, 2]
+
+
+def test_without_a_push_they_wake_with_the_weights_that_they_had(colocated):
+    colocated.wake()
+    assert calls(colocated) == [[], []]
+    colocated.sleep()
+    colocated.wake()
+    light = ["/sleep?level=1", "/wake_up?tags=weights", "/wake_up?tags=kv_cache"]  # nothing was pushed that could be loaded again
+    assert calls(colocated) == [light, light]
+    colocated.load_weights(WEIGHTS, version=1)
+    before = calls(colocated)
+    colocated.sleep()
+    colocated.wake()
+    colocated.wake()
+    deep = ["/sleep?level=2", "/wake_up?tags=weights", *LOADING, "/wake_up?tags=kv_cache", "/reset_prefix_cache"]
+    assert [after[len(was) :] for was, after in zip(before, calls(colocated), strict=True)] == [deep, deep]
+    assert colocated.reported_versions() == [1, 1]
+
+
+@pytest.mark.parametrize("asleep_when_it_dies", [True, False])
+def test_a_server_that_dies_takes_no_memory_while_the_others_sleep(colocated, asleep_when_it_dies):
+    colocated.load_weights(WEIGHTS, version=1)
+    if asleep_when_it_dies:
+        colocated.sleep()
+    os.kill(colocated._servers[0].process.pid, signal.SIGKILL)
+    colocated._servers[0].process.wait()
+    colocated.sleep()
+    time.sleep(0.5)
+    assert colocated.num_restarts == 0
+    assert colocated._servers[0].process is None or not alive(colocated._servers[0].process.pid)
+    colocated.load_weights(WEIGHTS, version=2)
+    colocated.ensure_alive()
+    assert colocated.num_restarts == 1 and colocated.reported_versions() == [2, 2]
+    assert calls(colocated)[0] == [*LOADING, "/reset_prefix_cache"]
+
+
+def test_a_server_on_its_way_back_is_waited_for_before_all_sleep(colocated):
+    colocated.load_weights(WEIGHTS, version=1)
+    os.kill(colocated._servers[0].process.pid, signal.SIGKILL)
+    time.sleep(0.2)
+    colocated.failed(colocated._servers[0], time.monotonic(), "killed")
+    colocated.sleep()
+    assert colocated.num_restarts == 1 and [found[-1] for found in calls(colocated)] == ["/sleep?level=2"] * 2
+    colocated.wake()
+    assert colocated.reported_versions() == [1, 1]
+
+
+def test_servers_of_their_own_gpus_never_sleep(make):
+    with make() as service:
+        service.load_weights(WEIGHTS, version=1)
+        before = calls(service)
+        service.sleep()
+        service.wake()
+        service.wait_ready()
+        assert calls(service) == before
+
+
+def test_a_machine_whose_servers_cannot_sleep_says_so_where_they_start(make):
+    with pytest.raises(ValueError, match="vLLM's CPU build has no sleep mode"):
+        make(colocated=True).start()
+    with pytest.raises(ValueError, match="rollout.urls is for servers of others"):
+        make(colocated=True, urls=["http://node:1"])
