@@ -13,7 +13,8 @@ from pivotrl.config import AlgorithmConfig, Config, LossLevel
 from pivotrl.diagnostics import rollout_statistics
 from pivotrl.local_rollouts import Sampler, seed_of
 from pivotrl.records import Journal, read_jsonl, write_jsonl
-from pivotrl.types import Group, Pivot
+from pivotrl.refresh import Refresher
+from pivotrl.types import Completion, Group, LocalRollout, Pivot
 
 if TYPE_CHECKING:
     from pivotrl.megatron.policy import Policy
@@ -45,23 +46,53 @@ class GroupSource(Protocol):
         ...
 
 
+class StepGroups(list[Group]):
+    """A step's groups with `paid`, the statistics of what else was sampled before them."""
+
+    paid: dict[str, Any]
+
+
 class PivotGroups:
-    """The `GroupSource` of PivotRL: one group of one-turn actions for each of the step's pivots."""
+    """The `GroupSource` of PivotRL: one group of one-turn actions for each of the step's pivots.
+
+    With profile.refresh the pivots change on the way (pivotrl/refresh.py): steps are sampled in their order.
+    """
 
     def __init__(self, config: Config, sampler: Sampler, pivots: Sequence[Pivot]):
         self.config, self.sampler, self.pivots = config, sampler, pivots
+        self.refresher = Refresher(config, sampler, pivots, self.deviation) if config.profile.refresh else None
+        self._deviations: dict[int, float] = {}
 
-    def sample(self, step: int) -> list[Group] | None:
-        path = Path(self.config.run_dir) / "rollouts" / f"step_{step:06d}.jsonl"
-        chosen = step_pivots(self.pivots, self.config.algorithm.pivots_per_step, step=step, seed=self.config.seed)
+    def sample(self, step: int) -> StepGroups | None:
+        pivots, since, paid = self.pivots, 0, {}
+        if self.refresher is not None:
+            try:
+                pivots, since, paid = self.refresher.pivots_at(step)
+            except preemption.Preempted:
+                return None  # the processes leave together, when the trainer asks them
+        chosen = step_pivots(pivots, self.config.algorithm.pivots_per_step, step=step - since, seed=self.config.seed)
         seed = seed_of(self.config.seed, "grpo", step)
-        return sample_groups(self.sampler, chosen, path, group_size=self.config.algorithm.group_size, seed=seed)
+        found = sample_groups(self.sampler, chosen, self._path(step), group_size=self.config.algorithm.group_size, seed=seed)
+        if found is None:
+            return None
+        groups = StepGroups(found)
+        groups.paid = paid
+        return groups
+
+    def deviation(self, step: int) -> float:
+        """Mean over a sampled step's groups of the standard deviation of rewards inside the group."""
+        if step not in self._deviations:
+            self._deviations[step] = rollout_statistics(read_jsonl(self._path(step), Group))["reward_std"]
+        return self._deviations[step]
+
+    def _path(self, step: int) -> Path:
+        return Path(self.config.run_dir) / "rollouts" / f"step_{step:06d}.jsonl"
 
     def items(self, groups: Sequence[Group]) -> list[Item]:
         return group_items(groups, self.config.algorithm)
 
     def statistics(self, groups: Sequence[Group]) -> dict[str, Any]:
-        return rollout_statistics(groups)
+        return rollout_statistics(groups) | (groups.paid if isinstance(groups, StepGroups) else {})
 
     def versions(self, groups: Sequence[Group]) -> list[int]:
         return [rollout.completion.policy_version for group in groups for rollout in group.rollouts]
@@ -79,9 +110,9 @@ def usable(pivots: Sequence[Pivot], max_prompt_tokens: int) -> list[Pivot]:
     return kept
 
 
-def step_pivots(pivots: Sequence[Pivot], count: int, *, step: int, seed: int) -> list[Pivot]:
-    """The pivots of a step: epochs over all pivots, each in an order of its own that only seed and epoch decide."""
-    chosen: dict[int, Pivot] = {}
+def step_pivots[T](pivots: Sequence[T], count: int, *, step: int, seed: int) -> list[T]:
+    """The pivots (or tasks) of a step: epochs over all, each in an order of its own that only seed and epoch decide."""
+    chosen: dict[int, T] = {}
     position = step * count
     while len(chosen) < min(count, len(pivots)):
         epoch, index = divmod(position, len(pivots))
@@ -137,26 +168,41 @@ def sample_groups(sampler: Sampler, pivots: Sequence[Pivot], path: Path, *, grou
 
 
 def group_items(groups: Sequence[Group], algorithm: AlgorithmConfig) -> list[Item]:
-    """Scored sequences of all groups with signal. Groups without cost nothing, but still count in the average.
+    """`scored_items` of one-turn actions: one item per rollout. Samples whose verifier failed are left out of everything."""
+    return scored_items([[_sample(group, r) for r in group.rollouts if r.verdict.status == "ok"] for group in groups], algorithm)
 
-    (Their gradient is zero, but for the KL penalty where kl_beta > 0, which is thus taken on pivots with signal only.)
-    Samples whose verifier failed are left out of everything.
+
+def _sample(group: Group, rollout: LocalRollout) -> tuple[float, list[Item]]:
+    return rollout.verdict.reward, [action_item(group.prompt, rollout.completion, unit=group.trajectory_id)]
+
+
+def action_item(prompt: Sequence[int], completion: Completion, *, unit: str) -> Item:
+    """An action behind its prompt, all of its tokens scored."""
+    tokens, start = [*prompt, *completion.token_ids], len(prompt)
+    return Item(tokens, range(start, len(tokens)), unit=unit, fields={"rollout_logprobs": list(completion.logprobs)})
+
+
+def scored_items(groups: Sequence[Sequence[tuple[float, Sequence[Item]]]], algorithm: AlgorithmConfig) -> list[Item]:
+    """Items of all groups with signal, with weights and advantages. A group's samples are (reward, the items with its action tokens).
+
+    Every token of a sample has the sample's advantage; at the sequence level a sample is one sequence, however many items it has.
+    Groups without signal cost nothing, but still count in the average. (Their gradient is zero, but for the KL penalty where
+    kl_beta > 0, which is thus taken on groups with signal only.)
     """
-    judged = [(group, [r for r in group.rollouts if r.verdict.status == "ok"]) for group in groups]
-    num_sequences = sum(len(rollouts) for _, rollouts in judged)
-    num_tokens = sum(len(r.completion.token_ids) for _, rollouts in judged for r in rollouts)
-    items = []
-    for group, rollouts in judged:
-        rewards = [r.verdict.reward for r in rollouts]
+    sizes = [sum(len(item.scored) for item in items) for group in groups for _, items in group]
+    num_sequences, num_tokens = len(sizes), sum(sizes)
+    found = []
+    for group in groups:
+        rewards = [reward for reward, _ in group]
         if not has_signal(rewards):
             continue
-        for rollout, advantage in zip(rollouts, advantages(rewards, algorithm.advantage, algorithm.advantage_eps), strict=True):
-            tokens, start = rollout.completion.token_ids, len(group.prompt)
-            size = len(tokens)
-            weight = 1 / num_tokens if algorithm.loss_level == LossLevel.token else 1 / (num_sequences * size)
-            fields = {"weights": [weight] * size, "advantages": [advantage] * size, "rollout_logprobs": list(rollout.completion.logprobs)}
-            items.append(Item([*group.prompt, *tokens], range(start, start + size), unit=group.trajectory_id, fields=fields))
-    return items
+        for (_, items), advantage in zip(group, advantages(rewards, algorithm.advantage, algorithm.advantage_eps), strict=True):
+            size = sum(len(item.scored) for item in items)
+            for item in items:
+                weight = 1 / num_tokens if algorithm.loss_level == LossLevel.token else 1 / (num_sequences * size)
+                item.fields |= {"weights": [weight] * len(item.scored), "advantages": [advantage] * len(item.scored)}
+                found.append(item)
+    return found
 
 
 def sharing_gap(policy: "Policy", prompt: Sequence[int], actions: Sequence[Sequence[int]], *, temperature: float) -> float:

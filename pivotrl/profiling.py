@@ -4,9 +4,10 @@ A candidate's samples depend on the seed and the candidate alone, so shards (pro
 """
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 
-from pivotrl import preemption
+from pivotrl import preemption, watchdog
 from pivotrl.advantage import moments
 from pivotrl.config import Config
 from pivotrl.local_rollouts import Sampler, seed_of
@@ -15,6 +16,14 @@ from pivotrl.records import Journal, read_jsonl, write_jsonl
 from pivotrl.run_folder import RunFolder
 from pivotrl.types import Candidate, LocalRollout, Profile, Sample, Verdict
 from pivotrl.verifiers.strict import StrictVerifier
+
+JOURNAL = "profiles.journal.jsonl"
+
+
+class CountedProfile(Profile):
+    """A profile with the sampled tokens that it cost; whoever does not ask for them reads it as a `Profile`."""
+
+    num_tokens: int = 0
 
 
 def choose(candidates: list[Candidate], limit: int | None, seed: int) -> list[Candidate]:
@@ -62,7 +71,7 @@ def merge(config: Config, policy: Path) -> dict[str, float]:
         ValueError: shards are missing, unfinished, or made from other settings or inputs; names them all.
     """
     ours = RunFolder(Path(config.run_dir)).manifest()["profile_candidates"]
-    by_id: dict[str, Profile] = {}
+    by_id: dict[str, CountedProfile] = {}
     tokens, busy_s, unusable = 0.0, 0.0, []
     for shard in range(config.profile.num_shards):
         part = shard_config(config, policy, shard)
@@ -73,7 +82,7 @@ def merge(config: Config, policy: Path) -> dict[str, float]:
         elif (entry["config"], entry["inputs"]) != (ours["config"], ours["inputs"]):
             unusable.append(f"{shard} (made from other settings or inputs)")
         else:
-            by_id |= {record.candidate_id: record for record in read_jsonl(path, Profile)}
+            by_id |= {record.candidate_id: record for record in read_jsonl(path, CountedProfile)}
             tokens += entry["counts"].get("rollout_tokens", 0)
             busy_s += entry["counts"].get("busy_s", 0.0)
     if unusable:
@@ -81,7 +90,7 @@ def merge(config: Config, policy: Path) -> dict[str, float]:
             f"shards {', '.join(unusable)} of {config.profile.num_shards} cannot be joined: run recipes/profile_candidates.py with "
             "profile.shard=N for each (on Slurm: sbatch --array=N,... slurm/profile.sbatch), then this command again"
         )
-    candidates = _candidates(config)
+    candidates = read_candidates(config)
     if lacking := [c.id for c in candidates if c.id not in by_id]:
         raise ValueError(f"the shards lack {len(lacking)} of {len(candidates)} candidates, the first is {lacking[0]}; profile them anew")
     profiles = [by_id[candidate.id] for candidate in candidates]
@@ -89,7 +98,8 @@ def merge(config: Config, policy: Path) -> dict[str, float]:
     return statistics(profiles) | {"rollout_tokens": tokens, "busy_s": busy_s}
 
 
-def _candidates(config: Config) -> list[Candidate]:
+def read_candidates(config: Config) -> list[Candidate]:
+    """The candidates that profile.max_candidates leaves, in the file's order; ValueError when there are none."""
     source = Path(config.candidates_path) / "candidates.jsonl"
     candidates = choose(read_jsonl(source, Candidate), config.profile.max_candidates, config.seed)
     if not candidates:
@@ -97,48 +107,66 @@ def _candidates(config: Config) -> list[Candidate]:
     return candidates
 
 
-def summarise(candidate_id: str, rollouts: list[LocalRollout], strict: list[Verdict], prompt_tokens: int) -> Profile:
+def summarise(candidate_id: str, rollouts: list[LocalRollout], strict: list[Verdict], prompt_tokens: int) -> CountedProfile:
     """Population mean and variance over the samples that a verifier could judge; the others are dropped and counted."""
     samples = tuple(
         Sample(text=r.text, reward=r.verdict.reward, reason=r.verdict.reason, status=r.verdict.status, strict_reward=s.reward)
         for r, s in zip(rollouts, strict, strict=True)
     )
     rewards = [sample.reward for sample in samples if sample.status == "ok"]
-    dropped = len(samples) - len(rewards)
-    if len(rewards) < 2:
-        return Profile(
-            candidate_id=candidate_id, samples=samples, num_dropped=dropped, prompt_tokens=prompt_tokens, excluded="verifier_failed"
-        )
-    mean, variance = moments(rewards)
-    return Profile(
-        candidate_id=candidate_id, samples=samples, mean=mean, variance=variance, num_dropped=dropped, prompt_tokens=prompt_tokens
+    mean, variance = moments(rewards) if len(rewards) > 1 else (0.0, 0.0)
+    return CountedProfile(
+        candidate_id=candidate_id,
+        samples=samples,
+        mean=mean,
+        variance=variance,
+        num_dropped=len(samples) - len(rewards),
+        prompt_tokens=prompt_tokens,
+        excluded="" if len(rewards) > 1 else "verifier_failed",
+        num_tokens=sum(len(r.completion.token_ids) for r in rollouts),
     )
 
 
 def profile(config: Config, sampler: Sampler) -> dict[str, float]:
-    """Run the stage: writes profiles.jsonl in the candidates' order; resumes behind the last finished candidate.
+    """Run the stage: writes profiles.jsonl in the candidates' order.
 
     Raises:
         ValueError: there are no candidates.
+        Preempted: as `profile_candidates`.
     """
-    candidates = of_shard(_candidates(config), config.profile.shard, config.profile.num_shards)
-    strict = StrictVerifier(config.domain)
-    folder = Path(config.profiles_path)
-    with Journal(folder / "profiles.journal.jsonl", Profile) as journal:
+    candidates = of_shard(read_candidates(config), config.profile.shard, config.profile.num_shards)
+    strict, folder = StrictVerifier(config.domain), Path(config.profiles_path)
+    profiles = profile_candidates(
+        candidates, sampler, folder=folder, strict=strict, num_samples=config.profile.num_samples, seed=config.seed
+    )
+    return statistics(profiles)
+
+
+def profile_candidates(
+    candidates: Sequence[Candidate], sampler: Sampler, *, folder: Path, strict: StrictVerifier, num_samples: int, seed: int
+) -> list[CountedProfile]:
+    """Profile with the policy in the sampler's engines into `folder`/profiles.jsonl; resumes behind the last finished candidate.
+
+    Raises:
+        Preempted: asked to leave before all were profiled; the finished ones are in a journal.
+    """
+    with Journal(folder / JOURNAL, CountedProfile) as journal:
         done = {record.candidate_id for record in journal.records}
         todo: list[Candidate] = []
         prompts: list[tuple[int, ...]] = []
         for candidate in candidates:
             if candidate.id in done:
                 continue
+            watchdog.beat("profiling: rendering")
             prompt = sampler.prompt(candidate)
-            if len(prompt) > config.rollout.max_prompt_tokens:
-                journal.append(Profile(candidate_id=candidate.id, prompt_tokens=len(prompt), excluded="over_long"))
+            if len(prompt) > sampler.rollout.max_prompt_tokens:
+                journal.append(CountedProfile(candidate_id=candidate.id, prompt_tokens=len(prompt), excluded="over_long"))
             else:
                 todo.append(candidate)
                 prompts.append(prompt)
-        results = sampler.collect(todo, prompts, num_samples=config.profile.num_samples, seed=config.seed)
+        results = sampler.collect(todo, prompts, num_samples=num_samples, seed=seed)
         for index, rollouts, actions in progress(results, total=len(todo), desc="profiling"):
+            watchdog.beat("profiling: sampling")
             if preemption.requested() and any(r.verdict.status != "ok" for r in rollouts):
                 continue  # the signal may have reached the verifier first
             verdicts = strict.verify(todo[index], actions)
@@ -149,10 +177,10 @@ def profile(config: Config, sampler: Sampler) -> dict[str, float]:
     profiles = [by_id[candidate.id] for candidate in candidates]
     write_jsonl(folder / "profiles.jsonl", profiles)
     journal.path.unlink()
-    return statistics(profiles)
+    return profiles
 
 
-def statistics(profiles: list[Profile]) -> dict[str, float]:
+def statistics(profiles: Sequence[Profile]) -> dict[str, float]:
     """Counts for the report: dead turns, dropped samples, and how often the strict and the functional verdict differ."""
     used = [p for p in profiles if not p.excluded]
     judged = [s for p in used for s in p.samples if s.status == "ok"]

@@ -2,9 +2,10 @@
 
 import random
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
-from pivotrl.config import Config, SelectionRule
+from pivotrl.config import Config, ProfileConfig, SelectionRule
 from pivotrl.records import read_jsonl, write_jsonl
 from pivotrl.types import Candidate, Pivot, Profile
 
@@ -25,7 +26,7 @@ def fate(profile: Profile, rule: SelectionRule, max_mean: float) -> str:
     return "kept" if rule == SelectionRule.keep_all_zero else "all_zero"
 
 
-def select(profiles: list[Profile], rule: SelectionRule, *, max_mean: float, seed: int) -> tuple[list[Profile], Counter[str]]:
+def select(profiles: Sequence[Profile], rule: SelectionRule, *, max_mean: float, seed: int) -> tuple[list[Profile], Counter[str]]:
     """The kept profiles in their order, and the count of every fate.
 
     random is the control: as many as `mixed` keeps, drawn uniformly from all profiles that have statistics.
@@ -39,16 +40,25 @@ def select(profiles: list[Profile], rule: SelectionRule, *, max_mean: float, see
     return kept, Counter(fates)
 
 
+def pivots_of(
+    candidates: Sequence[Candidate], profiles: Sequence[Profile], options: ProfileConfig, *, seed: int
+) -> tuple[list[Pivot], Counter[str]]:
+    """The candidates that options.rule and options.max_mean keep, as pivots in the profiles' order, and the count of every fate."""
+    by_id = {candidate.id: candidate for candidate in candidates}
+    kept, counts = select(profiles, options.rule, max_mean=options.max_mean, seed=seed)
+    pivots = [Pivot(candidate=by_id[p.candidate_id], mean=p.mean, variance=p.variance, prompt_tokens=p.prompt_tokens) for p in kept]
+    return pivots, counts
+
+
 def run(config: Config) -> Counter[str]:
     """Run the stage: writes pivots.jsonl and returns the count of every fate.
 
     Raises:
         ValueError: no pivot is left; says where the candidates went and what usually causes it.
     """
-    candidates = {c.id: c for c in read_jsonl(Path(config.candidates_path) / "candidates.jsonl", Candidate)}
+    candidates = read_jsonl(Path(config.candidates_path) / "candidates.jsonl", Candidate)
     profiles = read_jsonl(Path(config.profiles_path) / "profiles.jsonl", Profile)
-    kept, counts = select(profiles, config.profile.rule, max_mean=config.profile.max_mean, seed=config.seed)
-    pivots = [Pivot(candidate=candidates[p.candidate_id], mean=p.mean, variance=p.variance, prompt_tokens=p.prompt_tokens) for p in kept]
+    pivots, counts = pivots_of(candidates, profiles, config.profile, seed=config.seed)
     if not pivots:
         raise ValueError(
             f"no pivots among {len(profiles)} profiles ({table_line(counts)}): a policy that never succeeds needs more warm-up, "

@@ -63,6 +63,9 @@ _VERIFYING = (
 )
 _SAMPLING = ("rollout.temperature", "rollout.top_p", "rollout.max_new_tokens", "rollout.max_prompt_tokens", "rollout.dtype")
 _TRAINING = ("model", "parallel", "precision", "kernels", "batching", "checkpoint.load_from", "checkpoint.without_optimizer", "seed")
+_REFRESHING = tuple(
+    f"profile.{name}" for name in ("refresh", "refresh_fraction", "refresh_window", "num_samples", "max_candidates", "rule", "max_mean")
+)
 
 STAGES: dict[str, StageSpec] = {
     "extract_candidates": StageSpec(
@@ -99,13 +102,18 @@ STAGES: dict[str, StageSpec] = {
         lambda c: [Path(c.pivots_path)],
     ),
     "train_grpo": StageSpec(
-        ("algorithm", "optimizer", *_VERIFYING, *_SAMPLING, *_TRAINING),
+        ("algorithm", "optimizer", *_REFRESHING, *_VERIFYING, *_SAMPLING, *_TRAINING),
         lambda c: {
             "pivots": Path(c.pivots_path) / "pivots.jsonl",
-            **_candidates(c, "tools.json"),
+            **_candidates(c, *(["candidates.jsonl"] if c.profile.refresh else []), "tools.json"),
             "policy": initial_policy(c),
             **_start(c),
         },
+        lambda c: [run_path(c, name) for name in ("checkpoints/grpo", "rollouts", *(["refreshes"] if c.profile.refresh else []))],
+    ),
+    "train_e2e": StageSpec(
+        ("e2e", "algorithm", "optimizer", "domain.environment", *_SAMPLING, *_TRAINING),
+        lambda c: {**_candidates(c, "trajectories.jsonl", "tools.json"), **_data(c), "policy": initial_policy(c), **_start(c)},
         lambda c: [run_path(c, "checkpoints/grpo"), run_path(c, "rollouts")],
     ),
     "export_hf": StageSpec(
@@ -122,9 +130,16 @@ STAGES: dict[str, StageSpec] = {
 
 
 def open_stage(name: str, config: Config, *, writes: bool = True) -> Stage:
-    """Begin, resume or skip a stage of the run; see RunFolder.stage."""
+    """Begin, resume or skip a stage of the run; see RunFolder.stage.
+
+    Raises:
+        ValueError: as there; or the run folder belongs to another way of training.
+    """
     spec = STAGES[name]
     run = RunFolder(Path(config.run_dir), writes=writes)
+    for other in run.manifest().keys() & STAGES.keys() - {name}:
+        if set(STAGES[other].outputs(config)) & set(spec.outputs(config)):
+            raise ValueError(f"{config.run_dir} holds the output of {other}, where {name} would write: give {name} a run_name of its own")
     return run.stage(
         name,
         relevant(name, config),

@@ -9,7 +9,7 @@ from fakes import candidate, completion, make_sampler  # noqa: E402
 
 from pivotrl import preemption  # noqa: E402
 from pivotrl.config import Config, DomainConfig, ProfileConfig, RolloutConfig  # noqa: E402
-from pivotrl.profiling import choose, merge, of_shard, profile, shard_config, statistics, summarise  # noqa: E402
+from pivotrl.profiling import CountedProfile, choose, merge, of_shard, profile, shard_config, statistics, summarise  # noqa: E402
 from pivotrl.records import Journal, read_jsonl, write_bytes, write_json, write_jsonl  # noqa: E402
 from pivotrl.stages import open_stage  # noqa: E402
 from pivotrl.types import Candidate, LocalRollout, Profile, Sample, Verdict  # noqa: E402
@@ -95,9 +95,9 @@ def test_stage_profiles_every_candidate_once_in_order(config):
 def test_a_killed_stage_goes_on_and_ends_with_the_same_file(config):
     *_, undisturbed = run(config)
     path = Path(config.profiles_path) / "profiles.jsonl"
-    finished = read_jsonl(path, Profile)
+    finished = read_jsonl(path, CountedProfile)
     path.unlink()
-    with Journal(path.with_name("profiles.journal.jsonl"), Profile) as journal:
+    with Journal(path.with_name("profiles.journal.jsonl"), CountedProfile) as journal:
         for done in (finished[6], finished[4], finished[1]):
             journal.append(done)
     with open(journal.path, "ab") as file:
