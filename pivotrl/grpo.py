@@ -1,23 +1,25 @@
 """GRPO over pivots: sample a group of actions per pivot, verify, and move the policy towards the better ones.
 
 One step: pivots -> G rollouts each -> verdicts -> advantages -> rows -> Megatron update -> weights into the engines.
-The main process samples, verifies and logs; every process of the layout takes part in the update.
+The main process samples, verifies and logs; every process of the layout takes part in the update. With algorithm.max_staleness > 0
+the next steps are sampled beside the update (pivotrl/ahead.py).
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pivotrl import preemption, watchdog, weight_sync
+from pivotrl import ahead, preemption, watchdog
 from pivotrl.batching import Row, pack
 from pivotrl.config import Config
-from pivotrl.diagnostics import check_gap, normalised
+from pivotrl.diagnostics import check_gap, normalised, speeds, staleness
+from pivotrl.engines import Engines
 from pivotrl.evaluation import benchmark
 from pivotrl.groups import GroupSource, check_sharing
 from pivotrl.loss import grpo_loss
-from pivotrl.megatron import checkpoint, parallel
+from pivotrl.megatron import checkpoint
 from pivotrl.megatron.policy import Policy
 from pivotrl.metrics import MetricsLog, Timer, peak_rss_gib
 
@@ -36,6 +38,7 @@ def check(config: Config) -> None:
         raise ValueError(
             f"batching.max_row_tokens={config.batching.max_row_tokens} must hold the longest prompt and action: {longest} tokens"
         )
+    ahead.check(config.algorithm, colocated=config.rollout.colocated)
 
 
 class Trainer:
@@ -45,52 +48,43 @@ class Trainer:
         self.config, self.policy, self.source, self.log = config, policy, source, log
         self.version = self.step = 0
         self.timer = Timer()
+        self.engines = Engines(config, policy, source, self.phase)
         if source is not None and log is not None:
             source.sampler.client.service.on_event = lambda event, values: log.event(self.step, event, values)
 
     def start(self, version: int) -> None:
-        """Prove that the engines sample from the policy: as loaded, and again after a push, before anything depends on it."""
+        """Prove that the engines sample from the policy and that rows hold what they should, before anything depends on it."""
         self.version = version
-        if self.source is not None:
-            self.source.sampler.client.wait_ready()
-        with watchdog.waiting("start of the rollout servers"):
-            preemption.leave_if_agreed("nothing new to save")
-        if version == 0 and not self.config.checkpoint.load_from:  # else the engines are yet to get those weights
-            self.check_engine()
-        self.push()
-        self.check_engine()
+        self.engines.start(version)
         if self.config.batching.shared_prefix:
-            check_sharing(self.policy, self.probes(), self.config)
+            check_sharing(self.policy, self.engines.probes(), self.config)
 
     def train(self, start: int) -> None:
         """From step `start` to algorithm.num_steps. Asked to leave: end the step (or abandon its sampling), save, raise Preempted."""
         algorithm, folder = self.config.algorithm, Path(self.config.run_dir) / "checkpoints" / "grpo"
         saved, score = start, None
-        with checkpoint.Saver(self.policy, folder, self.config.checkpoint) as saver:
+        sampling = self.engines.sampling(start, self.log.event if self.log is not None else lambda step, event, values: None)
+        with checkpoint.Saver(self.policy, folder, self.config.checkpoint) as saver, sampling:
             for step in range(start, algorithm.num_steps):
                 saver.check()
                 self.step = step
                 batch = self.batch(step)
                 if batch is None:
                     if step > saved:
-                        saver.save(step, version=self.version, score=score)
+                        self.save(saver, step, score)
                     break
                 minibatches, stats = batch
                 score = stats["reward_mean"]
-                stats |= self.update(minibatches, step)
+                stats |= self.update(minibatches, step, fresh=stats["staleness_max"] <= 0)
+                self.version += bool(minibatches)
                 leaving = preemption.agreed() and step + 1 < algorithm.num_steps
-                if minibatches:
-                    self.version += 1
-                    if not leaving:  # the engines may be leaving too; started again, they get these weights first
-                        with self.phase("weight_sync"):
-                            self.push()
-                        stats["weight_syncs"] = 1  # each was verified, or push would have raised
+                if not leaving:  # the engines may be leaving too; started again, they get these weights first
+                    stats |= self.engines.refresh(step + 1, self.version, now=self.evaluates(step))
                 self.evaluate(step)
                 if self.log is not None:
                     self.report(step, stats)
                 if leaving or (step + 1) % algorithm.checkpoint_every == 0 or step + 1 == algorithm.num_steps:
-                    with self.phase("checkpoint"):
-                        saver.save(step + 1, version=self.version, score=score)
+                    self.save(saver, step + 1, score)
                     saved = step + 1
                 if leaving:
                     break
@@ -98,8 +92,15 @@ class Trainer:
                 return
         raise preemption.Preempted(f"step {self.step + 1} of {algorithm.num_steps} was the last to begin, everything is saved")
 
-    def update(self, minibatches: Sequence[list[Row]], step: int) -> dict[str, float]:
-        """One optimizer update for each minibatch; returns the metrics of the first."""
+    def save(self, saver: checkpoint.Saver, step: int, score: float | None) -> None:
+        with self.phase("checkpoint"):
+            self.engines.turns.train()
+            saver.save(step, version=self.version, score=score)
+
+    def update(self, minibatches: Sequence[list[Row]], step: int, *, fresh: bool) -> dict[str, float]:
+        """One optimizer update for each minibatch; returns the metrics of the first. `fresh`: all rollouts are the present policy's."""
+        if minibatches:
+            self.engines.turns.train()
         with self.phase("logprobs"):
             for rows in minibatches:
                 self.add_logprobs(rows)
@@ -109,7 +110,8 @@ class Trainer:
             with self.phase("update"):
                 metrics = self.policy.train_step(rows, loss, temperature=temperature, step=step)
             if number == 0:
-                check_gap(metrics, self.config.rollout.max_mean_logprob_gap, step=step)
+                if fresh:
+                    check_gap(metrics, self.config.rollout.max_mean_logprob_gap, step=step)
                 stats = normalised(metrics)
         return stats
 
@@ -120,11 +122,13 @@ class Trainer:
 
     def batch(self, step: int) -> tuple[list[list[Row]], dict[str, float]] | None:
         """Every minibatch's rows and the step's statistics, on every process; None when asked to leave while sampling."""
+        self.engines.turns.sample()
         with self.phase("rollout"):
-            groups = self.source.sample(step) if self.source is not None else None
+            groups, seconds = self.engines.ahead.take(step)
         found = self.build(groups) if groups is not None else None
-        with watchdog.waiting(f"step {step}, rollouts of the main process") if self.source is None else nullcontext():
-            return parallel.broadcast(found)
+        if found is not None:
+            found[1]["sampling_s"] = round(seconds, 4)
+        return self.engines.together(found, f"step {step}, rollouts of the main process")
 
     def build(self, groups: Sequence[Any]) -> tuple[list[list[Row]], dict[str, float]]:
         """Rows of every minibatch (none for groups without signal), and the step's rollout statistics."""
@@ -137,8 +141,7 @@ class Trainer:
                 minibatches.append(pack(items, max_row_tokens=batching.max_row_tokens, shared_prefix=batching.shared_prefix))
         stats = self.source.statistics(groups)
         stats["train_tokens"] = sum(len(row.token_ids_T) for rows in minibatches for row in rows)
-        stats["staleness_max"] = max((self.version - version for version in self.source.versions(groups)), default=0)
-        return minibatches, stats
+        return minibatches, stats | staleness(self.version, self.source.versions(groups))
 
     def add_logprobs(self, rows: list[Row]) -> None:
         """Old logprobs where several updates share one batch, reference logprobs where a KL penalty wants them."""
@@ -150,47 +153,26 @@ class Trainer:
             for row, ref in zip(rows, self.policy.logprobs(rows, temperature=temperature, reference=True), strict=True):
                 row.fields["ref_logprobs"] = ref
 
-    def push(self) -> None:
-        """Send the policy's weights to the engines as the present version; the first time, compare logprobs afterwards."""
-        service = self.source.sampler.client.service if self.source else None
-        report = weight_sync.push(self.policy.hf_weights(), service, version=self.version)
-        if report is not None and not report.verified:
-            raise RuntimeError(f"weight sync {self.version}: a rollout server does not report the new version; see its log")
-
-    def probes(self, count: int = 4) -> list[list[int]]:
-        """The same few histories on every process, for checks."""
-        return parallel.broadcast(self.source.probes(count) if self.source is not None else None)
+    def evaluates(self, step: int) -> bool:
+        every = self.config.evaluation.every_steps
+        return every > 0 and (step + 1) % every == 0
 
     def evaluate(self, step: int) -> None:
         """Every evaluation.every_steps steps, held-out measurements on the engines as they are; one event line of metrics.jsonl."""
-        every = self.config.evaluation.every_steps
-        if self.source is None or not every or (step + 1) % every or preemption.requested():
+        if self.source is None or not self.evaluates(step) or preemption.requested():
             return
         with self.phase("evaluation"), suppress(preemption.Preempted):  # for all ranks together at the next step
-            result = benchmark.evaluate(self.config, self.source.sampler, f"step_{step + 1:06d}")
+            folder = Path(self.config.run_dir) / "rollouts" / f"evaluation_{step + 1:06d}"
+            result = benchmark.evaluate(self.config, self.source.sampler, folder)
             if self.log is not None:
                 self.log.event(step, "evaluation", result)
-
-    def check_engine(self) -> None:
-        """Stop unless engines and trainer give the same logprobs on the expert's own turns (at start-up and after a push)."""
-        rows = self.probes()
-        scored = [logprobs.tolist() for logprobs in self.policy.score(rows)]
-        with suppress(preemption.Preempted):  # for all ranks together behind it
-            if self.source is not None:
-                limit = self.config.rollout.max_mean_logprob_gap
-                gap = weight_sync.check_logprobs(self.source.sampler.client, rows, scored, max_mean_gap=limit)
-                print(f"engine check (policy version {self.version}): mean |logprob gap| {gap.mean:.1e}, max {gap.max:.1e}", flush=True)
-        preemption.leave_if_agreed("nothing new to save")
 
     def report(self, step: int, stats: dict[str, float]) -> None:
         """One row of metrics.jsonl and one line for the eye."""
         assert self.log is not None and self.source is not None
         client = self.source.sampler.client
         seconds = self.timer.take()
-        stats |= seconds
-        stats["rollout_tokens_per_s"] = stats["rollout_tokens"] / max(seconds["rollout_s"], 1e-9)
-        if "update_s" in seconds:
-            stats["train_tokens_per_s"] = stats["train_tokens"] / seconds["update_s"]
+        stats |= seconds | speeds(stats, seconds)
         stats |= {"policy_version": self.version, "restarts": client.metrics.restarts, "peak_rss_gib": peak_rss_gib()}
         self.log.log(step, stats)
         self.log.event(step, "servers", {"servers": client.service.take_metrics()})

@@ -20,8 +20,8 @@ def grpo_loss(logprobs_S: Tensor, fields: dict[str, Tensor], algorithm: Algorith
     """Clipped surrogate with truncated importance sampling and a k3 KL penalty to the reference policy.
 
     J = E[min(w A, clip(w, 1 - clip_low, 1 + clip_high) A)] - beta KL(pi || pi_0), token level (method, section 3);
-    each token is multiplied by min(pi_old / pi_rollout, importance_cap), which corrects trainer/engine drift
-    (importance_cap None: no correction).
+    each token is multiplied by min(pi_old / pi_rollout, importance_cap), which corrects trainer/engine drift and rollouts of an
+    older policy: the update is that of actions drawn from pi_old, but for the truncation (importance_cap None: no correction).
 
     Args:
         logprobs_S: policy logprobs of the S scored tokens, with gradient.
@@ -37,12 +37,15 @@ def grpo_loss(logprobs_S: Tensor, fields: dict[str, Tensor], algorithm: Algorith
     clipped = ratio.clamp(1 - algorithm.clip_low, 1 + algorithm.clip_high)
     surrogate = torch.minimum(ratio * advantages, clipped * advantages)
     importance = torch.exp(old - rollout)
+    capped = torch.zeros_like(importance, dtype=torch.bool)
     if algorithm.importance_cap is not None:
+        capped = importance > algorithm.importance_cap
         surrogate = surrogate * importance.clamp(max=algorithm.importance_cap)
     per_token = -surrogate
     metrics = {
         "clip_fraction": (weights * (ratio * advantages > clipped * advantages)).sum(),
         "importance_mean": (weights * importance).sum(),
+        "capped_share": (weights * capped).sum(),
         "entropy": -(weights * logprobs_S.detach()).sum(),  # of sampled tokens: an unbiased estimate on policy
         "weight": weights.sum(),
         "logprob_gap": (weights * (old - rollout).abs()).sum(),

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 
 from pivotrl import preemption
@@ -48,6 +49,13 @@ class ScriptedClient:
                 return
             self.requests.append(requests[index])
             yield index, list(self.answer(requests[index]))
+
+    def submit(self, request: SampleRequest) -> Future[list[Completion]]:
+        """Answered at once."""
+        self.requests.append(request)
+        future: Future[list[Completion]] = Future()
+        future.set_result(list(self.answer(request)))
+        return future
 
     def sample(self, requests: Sequence[SampleRequest]) -> list[list[Completion]]:
         found = dict(self.as_completed(requests))

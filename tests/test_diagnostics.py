@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from pivotrl.diagnostics import check_gap, mean, normalised, rollout_statistics, totals
+from pivotrl.diagnostics import check_gap, mean, normalised, rollout_statistics, speeds, staleness, totals
 from pivotrl.types import Completion, Group, LocalRollout, Verdict
 
 
@@ -53,8 +53,25 @@ def test_a_group_whose_verifier_failed_is_dead_and_no_reward():
 
 
 def test_averages_are_over_the_weight_that_took_part():
-    got = normalised({"weight": 0.5, "entropy": 1.0, "kl": 0.25, "loss": 0.3, "grad_norm": 2.0, "logprob_gap_max": 0.1})
-    assert got == {"entropy": 2.0, "kl": 0.5, "loss": 0.3, "grad_norm": 2.0, "logprob_gap_max": 0.1}
+    got = normalised(
+        {"weight": 0.5, "entropy": 1.0, "kl": 0.25, "capped_share": 0.05, "loss": 0.3, "grad_norm": 2.0, "logprob_gap_max": 0.1}
+    )
+    assert got == {"entropy": 2.0, "kl": 0.5, "capped_share": 0.1, "loss": 0.3, "grad_norm": 2.0, "logprob_gap_max": 0.1}
+
+
+def test_staleness_by_hand():
+    expected = {"staleness_mean": 1.25, "staleness_max": 3, "staleness_count_0": 1, "staleness_count_1": 2, "staleness_count_3": 1}
+    assert staleness(5, [4, 5, 2, 4]) == expected
+    assert staleness(2, [2, 2]) == {"staleness_mean": 0, "staleness_max": 0, "staleness_count_0": 2}
+    newer = {"staleness_mean": -1, "staleness_max": -1, "staleness_count_-1": 1}
+    assert staleness(2, [3]) == newer, "left by a killed run that was further than its checkpoint"
+    assert staleness(2, []) == {"staleness_mean": 0, "staleness_max": 0}
+
+
+def test_speeds_count_the_sampling_that_nobody_waited_for():
+    stats = {"rollout_tokens": 100, "train_tokens": 60, "sampling_s": 4.0}
+    assert speeds(stats, {"rollout_s": 0.01, "update_s": 2.0}) == {"rollout_tokens_per_s": 25, "train_tokens_per_s": 30}
+    assert speeds(stats, {"rollout_s": 4.0}) == {"rollout_tokens_per_s": 25}
 
 
 def test_mean_of_nothing_is_zero():
@@ -64,7 +81,8 @@ def test_mean_of_nothing_is_zero():
 def test_totals_of_a_run_are_sums_over_its_rows():
     rows = [{"rollout_turns": 4, "rollout_tokens": 40, "train_tokens": 30, "weight_syncs": 1}, {"rollout_turns": 4, "rollout_tokens": 50}]
     expected = {"rollout_turns": 8, "rollout_tokens": 90, "train_tokens": 30, "weight_syncs": 1, "weight_syncs_verified": 1}
-    assert totals(rows) == expected
+    assert totals(rows) == expected | {"profiling_turns": 0, "profiling_tokens": 0}
+    assert totals([{"profiling_turns": 5}, {"profiling_turns": 2, "profiling_tokens": 9}])["profiling_turns"] == 7
 
 
 @pytest.mark.parametrize("gap", [2e-3, math.nan])

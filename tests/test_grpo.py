@@ -1,6 +1,8 @@
 """The loop around the loss, with a scripted sampler and a policy that only takes notes."""
 
 import sys
+import threading
+import traceback
 from collections import Counter
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from fakes import candidate, completion, make_sampler, renderer  # noqa: E402
 
-from pivotrl import grpo, preemption  # noqa: E402
+from pivotrl import engines, grpo, preemption  # noqa: E402
 from pivotrl.config import AdvantageKind, AlgorithmConfig, BatchingConfig, Config, LossLevel, RolloutConfig  # noqa: E402
 from pivotrl.groups import PivotGroups, check_sharing, group_items, step_pivots  # noqa: E402
 from pivotrl.grpo import Trainer, check  # noqa: E402
@@ -48,10 +50,18 @@ def group(name: str, *rewards: float | None, lengths=(2, 3, 4, 5), version: int 
         (Config(rollout=RolloutConfig(top_p=0.9)), "rollout.top_p=0.9"),
         (Config(rollout=RolloutConfig(temperature=0.0)), "rollout.temperature=0.0.*temperature above 0"),
         (Config(algorithm=AlgorithmConfig(group_size=1)), "algorithm.group_size=1: a group needs two"),
+        (Config(algorithm=AlgorithmConfig(max_staleness=-1)), "algorithm.max_staleness=-1: 0 samples"),
+        (Config(algorithm=AlgorithmConfig(max_staleness=1, importance_cap=None)), "max_staleness=1 needs algorithm.importance_cap"),
+        (
+            Config(algorithm=AlgorithmConfig(max_staleness=1), rollout=RolloutConfig(colocated=True)),
+            "max_staleness=1 with rollout.colocated=true",
+        ),
     ],
 )
 def test_settings_that_would_break_the_loss_are_refused(config, text):
     check(Config(rollout=RolloutConfig(temperature=0.7), algorithm=AlgorithmConfig(group_size=2)))
+    check(Config(rollout=RolloutConfig(colocated=True), algorithm=AlgorithmConfig(importance_cap=None)))
+    check(Config(algorithm=AlgorithmConfig(max_staleness=3)))
     with pytest.raises(ValueError, match=text):
         check(config)
 
@@ -173,16 +183,23 @@ class NotingSaver:
 def alone(monkeypatch) -> list[tuple]:
     """No other processes, no files of checkpoints, no engines; what would have gone there."""
     events: list[tuple] = []
-    monkeypatch.setattr(grpo.parallel, "broadcast", lambda value: value)
+    monkeypatch.setattr(engines.parallel, "broadcast", lambda value: value)
     monkeypatch.setattr(grpo.checkpoint, "Saver", NotingSaver(events))
-    monkeypatch.setattr(grpo.weight_sync, "push", lambda weights, service, version: events.append(("push", version)))
+    monkeypatch.setattr(engines.weight_sync, "push", lambda weights, service, version: events.append(("push", version)))
     return events
 
 
-def make_trainer(config: Config, folder: Path, texts=("right", "wrong", "right", "a longer wrong one")):
-    sampler, client = make_sampler(folder, lambda request: [completion(text) for text in texts], config.rollout)
+def make_trainer(config: Config, folder: Path, texts=("right", "wrong", "right", "a longer wrong one"), *, version: int = 0):
+    """A trainer whose policy and engines are at `version`; the engines sample with the version that was pushed last."""
+
+    def answer(request):
+        return [completion(text, version=trainer.engines.version) for text in texts]
+
+    sampler, client = make_sampler(folder, answer, config.rollout)
     source = PivotGroups(config, sampler, pivots_of("a:0", "b:0", "c:0"))
-    return Trainer(config, NotingPolicy(), source, None), client
+    trainer = Trainer(config, NotingPolicy(), source, None)
+    trainer.version = trainer.engines.version = version
+    return trainer, client
 
 
 def test_sample_makes_one_group_per_pivot_in_order(config, tmp_path):
@@ -217,18 +234,20 @@ def test_steps_draw_with_seeds_of_their_own(config, tmp_path):
 def test_other_processes_neither_sample_nor_evaluate(config, alone, monkeypatch):
     config.evaluation.every_steps = 1
     trainer = Trainer(config, NotingPolicy(), None, None)
-    monkeypatch.setattr(grpo.parallel, "broadcast", lambda value: [value, "from the main process"][value is None])
-    assert trainer.batch(0) == "from the main process" == trainer.probes()
+    monkeypatch.setattr(engines.parallel, "broadcast", lambda value: [value, "from the main process"][value is None])
+    with trainer.engines.sampling(0, None):
+        assert trainer.batch(0) == "from the main process" == trainer.engines.probes()
     trainer.evaluate(0)
 
 
 def test_evaluates_on_the_way_every_so_many_steps(config, tmp_path, alone, monkeypatch):
     config.evaluation.every_steps, config.algorithm.num_steps = 2, 5
-    labels: list[str] = []
-    monkeypatch.setattr(grpo.benchmark, "evaluate", lambda config, sampler, label: labels.append(label) or {})
+    folders: list[Path] = []
+    monkeypatch.setattr(grpo.benchmark, "evaluate", lambda config, sampler, folder: folders.append(folder) or {})
     trainer, _ = make_trainer(config, tmp_path)
     trainer.train(0)
-    assert labels == ["step_000002", "step_000004"] and alone[1] == ("push", 2), "behind the push, so of the policy as it is"
+    assert folders == [tmp_path / "run/rollouts" / f"evaluation_{step:06d}" for step in (2, 4)]
+    assert alone[1] == ("push", 2), "behind the push, so of the policy as it is"
 
 
 def test_build_packs_live_groups_and_counts_all(config, tmp_path):
@@ -281,8 +300,7 @@ def test_a_step_without_signal_updates_and_sends_nothing(config, tmp_path, alone
 
 
 def test_a_resumed_loop_starts_at_its_step(config, tmp_path, alone):
-    trainer, _ = make_trainer(config, tmp_path)
-    trainer.version = 1
+    trainer, _ = make_trainer(config, tmp_path, version=1)
     trainer.train(1)
     assert alone == [("push", 2), ("save", 2, 2)] and trainer.policy.notes == [("update", 0.5, 1)]
 
@@ -322,23 +340,23 @@ def test_a_resumed_loop_asks_for_the_same_rollouts(config, tmp_path, alone):
 def test_the_engines_are_checked_as_loaded_only_where_they_hold_the_policy(config, tmp_path, monkeypatch, load_from, version, expected):
     config.checkpoint.load_from, config.batching.shared_prefix, events = load_from, False, []
     trainer, _ = make_trainer(config, tmp_path)
-    monkeypatch.setattr(trainer, "check_engine", lambda: events.append("check"))
-    monkeypatch.setattr(trainer, "push", lambda: events.append("push"))
+    monkeypatch.setattr(trainer.engines, "check", lambda: events.append("check"))
+    monkeypatch.setattr(trainer.engines, "push", lambda version: events.append("push"))
     trainer.start(version)
     assert events == expected and trainer.version == version
 
 
 def test_shared_rows_are_compared_with_dense_rows_at_the_start(config, tmp_path, alone):
     trainer, _ = make_trainer(config, tmp_path)
-    check_sharing(trainer.policy, trainer.probes(), config)
+    check_sharing(trainer.policy, trainer.engines.probes(), config)
     assert config.batching.shared_prefix
 
     # a policy whose answer depends on how the tokens are packed, as a broken attention would make it
     trainer.policy.logprobs = lambda rows, temperature: [torch.full((len(row.positions_S),), float(len(row.token_ids_T))) for row in rows]
     with pytest.raises(RuntimeError, match="shared-prefix rows differ from dense rows .* batching.shared_prefix=false"):
-        check_sharing(trainer.policy, trainer.probes(), config)
+        check_sharing(trainer.policy, trainer.engines.probes(), config)
     config.batching.fall_back_to_dense = True
-    check_sharing(trainer.policy, trainer.probes(), config)
+    check_sharing(trainer.policy, trainer.engines.probes(), config)
     assert not config.batching.shared_prefix
 
 
@@ -369,8 +387,7 @@ def test_asked_to_leave_while_sampling_it_saves_and_pays_no_group_twice(config, 
     assert len(read_jsonl(folder / "step_000001.journal.jsonl", Group)) == 2
 
     asked.clear()
-    resumed, again = make_trainer(config, tmp_path)
-    resumed.version = 1
+    resumed, again = make_trainer(config, tmp_path, version=1)
     resumed.train(1)
     assert len(client.requests) + len(again.requests) == requests and len(again.requests) == 1
     assert [(folder / path.name).read_bytes() for path in rollouts] == expected
@@ -378,13 +395,14 @@ def test_asked_to_leave_while_sampling_it_saves_and_pays_no_group_twice(config, 
     assert alone[2:] == [("push", 2), ("save", 2, 2)]
 
 
-def leaving_at(number, client, asked, texts=("right", "wrong", "right", "a longer wrong one")):
-    """Answers like the others; the signal comes while request `number` (from 1) is answered."""
+def leaving_at(number, client, asked):
+    """The client's answers; the signal comes while request `number` (from 1) is answered."""
+    answers = client.answer
 
     def answer(request):
         if len(client.requests) == number:
             asked.append(10)
-        return [completion(text) for text in texts]
+        return answers(request)
 
     return answer
 
@@ -434,8 +452,8 @@ def test_asked_to_leave_before_the_servers_answer_nothing_is_sent(config, tmp_pa
 
 
 def test_groups_whose_verifier_the_same_signal_may_have_ended_are_sampled_again(config, tmp_path, asked):
-    trainer, client = make_trainer(config, tmp_path)
-    client.answer = leaving_at(2, client, asked, texts=("crash",) * 4)
+    trainer, client = make_trainer(config, tmp_path, texts=("crash",) * 4)
+    client.answer = leaving_at(2, client, asked)
     assert trainer.source.sample(0) is None
     kept = read_jsonl(tmp_path / "run/rollouts/step_000000.journal.jsonl", Group)
     assert len(kept) == 1, "the first failed before anybody was asked to leave: that is its own failure"
@@ -446,10 +464,168 @@ def test_asked_to_leave_while_the_engines_are_checked_all_leave_behind_the_check
         asked.append(15)
         raise preemption.Preempted("of one rank alone")
 
-    monkeypatch.setattr(grpo.weight_sync, "check_logprobs", check_logprobs)
+    monkeypatch.setattr(engines.weight_sync, "check_logprobs", check_logprobs)
     trainer, _ = make_trainer(config, tmp_path)
     trainer.policy.score = lambda rows: [torch.zeros(len(row) - 1) for row in rows]
     monkeypatch.setattr(preemption, "agreed", lambda: bool(alone.append("agreed") or asked))
     with pytest.raises(preemption.Preempted, match="nothing new"):
         trainer.start(0)
     assert alone == ["agreed", "agreed"], "the ranks agree behind the wait for the servers and behind the check, and push nothing"
+
+
+class Service:
+    """One server of which only its address is asked for."""
+
+    urls = ("one",)
+
+    def on_event(self, *_) -> None:
+        pass
+
+
+@pytest.fixture
+def ahead(config, alone, tmp_path, monkeypatch):
+    """A trainer with max_staleness=1 over four steps, its client, and what was done in order: pushes, checks and saves."""
+
+    def check_logprobs(client, rows, scored, *, max_mean_gap):
+        assert [len(row) for row in rows] == [len(logprobs) + 1 for logprobs in scored] and len(rows[0]) <= engines.PROBE_TOKENS
+        alone.append("check")
+        return engines.weight_sync.LogprobGap(mean=1e-7, max=1e-6, num_tokens=10)
+
+    monkeypatch.setattr(engines.weight_sync, "check_logprobs", check_logprobs)
+    config.algorithm.max_staleness, config.algorithm.num_steps = 1, 4
+    trainer, client = make_trainer(config, tmp_path)
+    client.close = lambda: None
+    trainer.engines.service = Service()
+    trainer.policy.score = lambda rows: [torch.zeros(len(row) - 1) for row in rows]
+    return trainer, client
+
+
+def versions_of(run: Path) -> list[set[int]]:
+    paths = sorted((run / "rollouts").glob("step_*.jsonl"))
+    return [{r.completion.policy_version for g in read_jsonl(path, Group) for r in g.rollouts} for path in paths]
+
+
+def kept_rows(trainer: Trainer) -> list[dict]:
+    """The statistics of each step, as `report` gets them."""
+    rows: list[dict] = []
+    trainer.log, trainer.report = object(), lambda step, stats: rows.append(stats)
+    return rows
+
+
+def test_one_step_ahead_each_batch_is_one_version_old_and_every_push_is_proven(config, ahead, alone, tmp_path):
+    trainer, _ = ahead
+    rows = kept_rows(trainer)
+    trainer.log = type("Log", (), {"event": staticmethod(lambda *_: pytest.fail("nothing is stale"))})()
+    trainer.train(0)
+    assert versions_of(tmp_path / "run") == [{0}, {0}, {1}, {2}]
+    assert [(row["staleness_max"], row["staleness_mean"]) for row in rows] == [(0, 0), (1, 1), (1, 1), (1, 1)]
+    assert [row.get("staleness_count_1", 0) for row in rows] == [0, 8, 8, 8] and rows[0]["staleness_count_0"] == 8
+    assert all(row["engine_gap"] == 1e-7 and row["weight_syncs"] == 1 and row["sampling_s"] > 0 for row in rows)
+    assert alone == [("push", 1), "check", ("push", 2), "check", ("push", 3), "check", ("push", 4), "check", ("save", 4, 4)]
+
+
+def test_the_movement_of_the_policy_is_no_gap_between_engine_and_trainer(config, ahead):
+    """Rollouts of the present policy are still held to the tolerance; stale ones differ because the policy has moved."""
+    trainer, _ = ahead
+    trainer.policy.train_step = lambda rows, loss, *, temperature, step: {"weight": 1.0, "logprob_gap": 0.0 if step == 0 else 0.5}
+    trainer.train(0)
+    config.run_dir += "_again"
+    trainer.policy.train_step = lambda *_, **__: {"weight": 1.0, "logprob_gap": 0.5}
+    with pytest.raises(RuntimeError, match="step 0: mean .rollout - policy logprob."):
+        trainer.train(0)
+
+
+def test_a_broken_push_is_found_before_anything_is_sampled_from_it(config, ahead, tmp_path, monkeypatch):
+    trainer, _ = ahead
+
+    def check_logprobs(*_, **__):
+        raise RuntimeError("rollout engine and trainer disagree")
+
+    monkeypatch.setattr(engines.weight_sync, "check_logprobs", check_logprobs)
+    with pytest.raises(RuntimeError, match="disagree"):
+        trainer.train(0)
+    assert versions_of(tmp_path / "run") == [{0}, {0}], "what ran beside the update is of the weights before"
+
+
+def test_steps_without_signal_let_the_sampling_go_on(config, ahead, alone, tmp_path, monkeypatch):
+    """Nothing to push, so nothing to wait for: the engines hold the policy of the next step already."""
+    trainer, client = ahead
+    client.answer = lambda request: [completion("right", version=trainer.engines.version)] * 4
+    trainer.train(0)
+    assert versions_of(tmp_path / "run") == [{0}] * 4 and alone == [("save", 4, 0)]
+
+
+def test_asked_to_leave_in_an_update_the_sampling_beside_it_stops_too(config, ahead, alone, asked, tmp_path):
+    trainer, client = ahead
+    config.algorithm.pivots_per_step = 3
+    inside, sampled, step = threading.Event(), threading.Event(), trainer.policy.train_step
+    answers = client.answer
+
+    def answer(request):
+        if len(client.requests) == 3 + 2:  # the second group of step 1
+            sampled.set()
+            assert inside.wait(10)
+        return answers(request)
+
+    def train_step(*args, **kwargs):
+        assert sampled.wait(10)
+        asked.append(10)
+        inside.set()
+        return step(*args, **kwargs)
+
+    client.answer, trainer.policy.train_step = answer, train_step
+    with pytest.raises(preemption.Preempted, match="step 1 of 4 was the last"):
+        trainer.train(0)
+    assert alone == [("save", 1, 1)], "the update was finished, the engines were left alone"
+    journal = tmp_path / "run/rollouts/step_000001.journal.jsonl"
+    assert len(read_jsonl(journal, Group)) == 2
+
+    asked.clear()
+    resumed, again = make_trainer(config, tmp_path, version=1)
+    resumed.engines.service, resumed.policy.score = Service(), trainer.policy.score
+    resumed.train(1)
+    assert len(client.requests) + len(again.requests) == 4 * 3, "no group was paid twice"
+    assert versions_of(tmp_path / "run") == [{0}, {0, 1}, {1}, {2}], "the rest of step 1 came from the newest weights"
+
+
+def test_what_fails_on_the_thread_fails_in_the_loop(config, ahead, alone):
+    trainer, client = ahead
+    answers = client.answer
+
+    def answer(request):
+        if len(client.requests) > 4:
+            raise RuntimeError("all servers were given up")
+        return answers(request)
+
+    client.answer = answer
+    with pytest.raises(RuntimeError, match="all servers were given up") as raised:
+        trainer.train(0)
+    assert "sample_groups" in [frame.name for frame in traceback.extract_tb(raised.value.__traceback__)]
+    assert trainer.policy.updates == 2 and grpo.checkpoint.Saver.ends == [RuntimeError]
+
+
+def test_evaluation_finds_the_engines_up_to_date_and_idle(config, ahead, monkeypatch, tmp_path):
+    trainer, _ = ahead
+    config.evaluation.every_steps, config.algorithm.max_staleness, found = 2, 3, []
+    monkeypatch.setattr(grpo.benchmark, "evaluate", lambda *_: found.append((trainer.version, trainer.engines.version, idle())) or {})
+
+    def idle() -> bool:
+        return all(future.done() for future in trainer.engines.ahead._futures.values())
+
+    trainer.train(0)
+    assert found == [(2, 2, True), (4, 4, True)]
+
+
+def test_colocated_policy_and_engines_take_turns(config, tmp_path, alone):
+    config.rollout.colocated, config.algorithm.checkpoint_every = True, 1
+    trainer, client = make_trainer(config, tmp_path)
+    for name in ("offload", "reload"):
+        setattr(trainer.policy, name, lambda name=name: alone.append(name))
+    trainer.engines.turns.service = type("Service", (), {name: lambda self, name=name: alone.append(name) for name in ("sleep", "wake")})()
+    answers, step = client.answer, trainer.policy.train_step
+    client.answer = lambda request: alone.append("sample") or answers(request)
+    trainer.policy.train_step = lambda *a, **k: alone.append("update") or step(*a, **k)
+    trainer.train(0)
+    one = ["offload", "sample", "sample", "sleep", "reload", "update", "offload", ("push", 1), "sleep", "reload", ("save", 1, 1)]
+    two = ["offload", "wake", "sample", "sample", "sleep", "reload", "update", "offload", ("push", 2), "sleep", "reload", ("save", 2, 2)]
+    assert alone == one + two, "a push wakes the engines itself"

@@ -33,7 +33,7 @@ def one_token(logprob: float, *, advantage: float, algorithm: AlgorithmConfig, *
 
 def reference(logprobs, fields, algorithm: AlgorithmConfig) -> dict[str, float]:
     """The objective of method, section 3, token by token in plain Python."""
-    sums = dict.fromkeys(("loss", "clip_fraction", "importance_mean", "entropy", "weight", "logprob_gap", "kl"), 0.0)
+    sums = dict.fromkeys(("loss", "clip_fraction", "importance_mean", "capped_share", "entropy", "weight", "logprob_gap", "kl"), 0.0)
     gaps = []
     for s, logprob in enumerate(logprobs):
         weight, advantage, rollout = (fields[name][s] for name in ("weights", "advantages", "rollout_logprobs"))
@@ -46,6 +46,7 @@ def reference(logprobs, fields, algorithm: AlgorithmConfig) -> dict[str, float]:
         sums["loss"] -= weight * (factor * min(ratio * advantage, inside * advantage) - algorithm.kl_beta * kl)
         sums["clip_fraction"] += weight * (inside * advantage < ratio * advantage)
         sums["importance_mean"] += weight * importance
+        sums["capped_share"] += weight * (algorithm.importance_cap is not None and importance > algorithm.importance_cap)
         sums["entropy"] -= weight * logprob
         sums["weight"] += weight
         sums["logprob_gap"] += weight * abs(old - rollout)
@@ -134,6 +135,22 @@ def test_importance_weight_and_its_cap_by_hand():
         loss, gradient, metrics = one_token(-1.0, advantage=1.0, algorithm=AlgorithmConfig(importance_cap=cap), **shifted)
         assert (loss, gradient) == (pytest.approx(-factor), pytest.approx(-factor))
         assert metrics["importance_mean"].item() == pytest.approx(8) and metrics["logprob_gap"].item() == pytest.approx(math.log(8))
+        assert metrics["capped_share"] == (cap == 5.0)
+
+
+def test_rollouts_of_an_older_policy_give_the_gradient_of_the_present_one():
+    """Actions of a stale policy, weighted by the correction, average to the policy gradient of actions drawn from the present policy."""
+    present, stale = tensor([0.7, 0.2, 0.1]).log(), tensor([0.4, 0.35, 0.25]).log()
+    advantages = tensor([1.0, -0.5, 2.0])
+    gradients = []
+    for behaviour in (present, stale):
+        logits = present.clone().requires_grad_()
+        logprobs = logits.log_softmax(0)
+        fields = {"weights": behaviour.exp(), "advantages": advantages, "rollout_logprobs": behaviour}  # each action, as often as drawn
+        grpo_loss(logprobs, fields, AlgorithmConfig())[0].backward()
+        gradients.append(logits.grad)
+    torch.testing.assert_close(*gradients)
+    assert gradients[0].abs().max() > 0.1
 
 
 def test_kl_penalty_by_hand():

@@ -28,6 +28,7 @@ from megatron.core.transformer.module import Float16Module  # noqa: E402
 
 from pivotrl.megatron import hf_mapping  # noqa: E402
 from pivotrl.megatron.model import build_chunks, data_parallel_config, transformer_config  # noqa: E402
+from pivotrl.megatron.offload import HostMemory  # noqa: E402
 from pivotrl.megatron.optimizer import build_optimizer, learning_rate, reload_params, set_learning_rate, update  # noqa: E402
 from pivotrl.megatron.prefix_attention import own_spans  # noqa: E402
 
@@ -87,6 +88,7 @@ class Policy:
             no_sync = [chunk.no_sync for chunk in chunks]  # overlapped gradients are reduced after the last microbatch only
             self.transformer_config.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
         self.chunks = chunks
+        self._host = HostMemory(chunks, self.optimizer) if optimizer is not None else None
         self._gatherer: hf_mapping.Gatherer | None = None
         self._reference: list[Tensor] | None = None
 
@@ -113,6 +115,21 @@ class Policy:
         if self.optimizer is not None and self.config.parallel.overlap_param_gather:
             for chunk in self.chunks:
                 chunk.start_param_sync(force_sync=True)
+
+    def offload(self) -> None:
+        """Make room for rollout engines on the same device (pivotrl/megatron/offload.py); returns when every process has.
+
+        Weights stay, so that logprobs and hf_weights work; `train_step` and checkpoints need `reload` first.
+        """
+        if self._host is not None:
+            self._host.offload()
+        dist.barrier()
+
+    def reload(self) -> None:
+        """Take the room back, once every process has come here; the training state is that of before, bit for bit."""
+        dist.barrier()
+        if self._host is not None:
+            self._host.reload()
 
     def snapshot_reference(self) -> None:
         """Keep the present weights as the reference policy (a copy in host memory)."""

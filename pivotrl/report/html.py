@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pivotrl.records import read_jsonl
-from pivotrl.report.summary import Row, Run, fates, values
+from pivotrl.report.summary import Row, Run, fates, staleness_counts, values
 from pivotrl.selection import FATES
 from pivotrl.types import Group, Message, Pivot, Profile
 
@@ -33,7 +33,9 @@ PHASES = {
     "logprobs_s": ("logprobs", PURPLE),
     "update_s": ("update", ORANGE),
     "weight_sync_s": ("weight sync", GREEN),
+    "engine_check_s": ("engine check", GREY),
 }
+SHADES = ("#c3d5f2", "#7fa5e3", BLUE, "#1f4a94", PURPLE)  # of staleness 0, 1, 2, 3, 4 and more
 FATE_TEXT = {
     "kept": "kept as pivots",
     "too_easy": "too easy",
@@ -123,10 +125,13 @@ def charts(run: Run) -> list[dict[str, Any]]:
     curves("Entropy", "Nats per action token of the policy.", {"entropy": ("", PURPLE)}, bottom=0)
     note = "Share of tokens whose ratio was clipped (none with one update a step); KL to the first policy, when it is on."
     curves("Clipping and KL", note, {"clip_fraction": ("clip fraction", ORANGE), "kl": ("KL", BLUE)}, bottom=0)
-    note = "Difference of their logprobs per token, in nats, log scale: proof that each step sampled from the newest weights."
-    names = {"logprob_gap_max": ("largest", ORANGE), "logprob_gap": ("mean", BLUE)}
-    curves("Trainer against rollout engine", note, names, log=True)
-    note = "Where the time of a training step went."
+    ahead, proof = any(values(grpo, "engine_gap")), "Difference of their logprobs per token, in nats, log scale: proof that "
+    gap = "engine_gap" if ahead else "logprob_gap"
+    note = proof + ("the engines held each step's weights, on a few probes." if ahead else "each step sampled from the newest weights.")
+    curves("Trainer against rollout engine", note, {f"{gap}_max": ("largest", ORANGE), gap: ("mean", BLUE)}, log=True)
+    note = "Sampled actions by how many updates the policy was ahead of the one that they came from."
+    add("Staleness", note, lambda axes: staleness(axes, grpo), when=any(value > 0 for value in values(grpo, "staleness_max")))
+    note = "Where the time of a training step went." + " Rollout: what of the sampling was not hidden behind an update." * ahead
     add("Seconds per step", note, lambda axes: phases(axes, grpo), when=any(values(grpo, name) for name in PHASES))
     curves("Gradient norm", "Before clipping.", {"grad_norm": ("", GREEN)}, bottom=0)
     note = "Loss of the warm-up that made the first policy, in nats per token."
@@ -218,6 +223,20 @@ def phases(axes: Axes, rows: Sequence[Row]) -> None:
         axes.bar(steps, seconds, bottom=bottom, width=0.86, color=color, label=label, linewidth=0)
         bottom = [low + value for low, value in zip(bottom, seconds, strict=True)]
     axes.set_ylim(0, max(bottom) * 1.28 or 1)  # room for the legend
+    _finish(axes, legend=True)
+
+
+def staleness(axes: Axes, rows: Sequence[Row]) -> None:
+    """How many actions of each staleness every step trained on, stacked, and their shares over the run."""
+    counts = staleness_counts(rows)
+    steps, bottom = [row["step"] + 1 for row in rows], [0.0] * len(rows)
+    for number, count in counts.items():
+        heights = [row.get(f"staleness_count_{number}") or 0.0 for row in rows]
+        label = f"{number}: {share(count / sum(counts.values()))}"
+        axes.bar(steps, heights, bottom=bottom, width=0.86, color=SHADES[max(0, min(number, 4))], label=label, linewidth=0)
+        bottom = [low + value for low, value in zip(bottom, heights, strict=True)]
+    axes.set_ylim(0, max(bottom) * 1.28 or 1)  # room for the legend
+    axes.set_ylabel("actions")
     _finish(axes, legend=True)
 
 

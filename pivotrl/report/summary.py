@@ -17,6 +17,7 @@ from pivotrl.selection import table_line
 from pivotrl.stages import STAGES
 from pivotrl.types import Pivot, Profile
 
+STALENESS = "staleness_count_"
 MEASURES = ("pivot_reward", "task_success", "out_of_domain")
 Row = dict[str, Any]
 
@@ -84,6 +85,8 @@ def _artifact(run_dir: Path, name: str, configured: str | None) -> Path:
 def summary(run_dir: Path) -> dict[str, Any]:
     """The numbers of report/summary.json: counts, shares in 0..1, seconds, tokens per second, nats (logprob_gap), GiB.
 
+    `staleness`: sampled actions by the number of updates that the policy was ahead of them.
+
     Raises:
         ValueError: see `read_run`.
     """
@@ -97,7 +100,7 @@ def summarise(run: Run) -> dict[str, Any]:
     sampled = profiled["samples"] + profiled["dropped_samples"] if "samples" in profiled else None
     # Rows outlive a restart; the stage's own totals begin anew with every start.
     training = total(run.grpo, "rollout_turns")
-    gaps = values(run.grpo, "logprob_gap")
+    gaps, gap_max = _gaps(run.grpo)
     return {
         "seconds": {
             stage: _seconds(run.manifest.get(stage)) for stage in [*STAGES, *(name for name in run.manifest if name not in STAGES)]
@@ -113,11 +116,28 @@ def summarise(run: Run) -> dict[str, Any]:
         "rollout_turns_profiling": sampled,
         "rollout_turns_training": training,
         "train_tokens_per_s": _rate(run.grpo, "train_tokens", "update_s"),
-        "rollout_tokens_per_s": _rate(run.grpo, "rollout_tokens", "rollout_s"),
-        "logprob_gap": {"mean": sum(gaps) / len(gaps) if gaps else None, "max": max(values(run.grpo, "logprob_gap_max"), default=None)},
+        # rollout_s is what the trainer waited: less than sampling took, where it ran beside an update
+        "rollout_tokens_per_s": _rate(run.grpo, "rollout_tokens", "sampling_s" if values(run.grpo, "sampling_s") else "rollout_s"),
+        "logprob_gap": {"mean": sum(gaps) / len(gaps) if gaps else None, "max": max(gap_max, default=None)},
+        "staleness": {str(number): count for number, count in staleness_counts(run.grpo).items()},
         "weight_sync": {"count": trained.get("weight_syncs"), "verified": trained.get("weight_syncs_verified")},
         "peak_rss_gib": max(values([*run.sft, *run.grpo], "peak_rss_gib"), default=None),
     }
+
+
+def staleness_counts(rows: Iterable[Row]) -> dict[int, int]:
+    """How many sampled actions the policy was n updates ahead of, by n; empty where no row tells."""
+    found: Counter[int] = Counter()
+    for row in rows:
+        found.update({int(name.removeprefix(STALENESS)): row[name] for name in row if name.startswith(STALENESS)})
+    return dict(sorted(found.items()))
+
+
+def _gaps(rows: Sequence[Row]) -> tuple[list[float], list[float]]:
+    """Mean and largest difference of engine and trainer logprobs: of stale rollouts it would be the policy's movement, so of probes."""
+    comparable = [(row, "engine_gap" if (row.get("staleness_max") or 0) > 0 else "logprob_gap") for row in rows]
+    means = [row[name] for row, name in comparable if row.get(name) is not None]
+    return means, [row[f"{name}_max"] for row, name in comparable if row.get(f"{name}_max") is not None]
 
 
 def values(rows: Iterable[Row], name: str) -> list[float]:

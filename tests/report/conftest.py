@@ -123,3 +123,13 @@ def group(pivot: Pivot, rewards: tuple[float, ...]) -> Group:
         for index, reward in enumerate(rewards)
     )
     return Group(candidate_id=pivot.candidate.id, trajectory_id="task|a", expert_calls=1, prompt=(1, 2), rollouts=rollouts)
+
+
+@pytest.fixture
+def ahead_dir(run_dir: Path) -> Path:
+    """The same run with sampling one step ahead: 8 fresh actions at first, then 2 fresh and 6 stale ones a step; gaps of probes."""
+    stale = {"staleness_max": 1, "staleness_count_0": 2, "staleness_count_1": 6, "logprob_gap": 0.04, "logprob_gap_max": 2.0}
+    rows = [grpo_row(0, staleness_max=0, staleness_count_0=8, sampling_s=2.0), *(grpo_row(i, sampling_s=4.0, **stale) for i in (1, 2))]
+    probed = {"rollout_s": 0.01, "engine_gap": 1e-6, "engine_gap_max": 5e-6, "engine_check_s": 0.1}
+    write_metrics(run_dir, [row | probed for row in rows])
+    return run_dir

@@ -80,6 +80,21 @@ def test_all_charts_are_there_and_use_the_page_text_colour(run_dir: Path) -> Non
     assert all("currentColor" in svg and html.INK not in svg and svg.startswith("<svg") for svg in found.values())
 
 
+def test_a_run_that_sampled_ahead_shows_how_far(ahead_dir: Path) -> None:
+    found = {chart["title"]: chart for chart in html.charts(read_run(ahead_dir))}
+    svg = found["Staleness"]["svg"]
+    assert "0: 50.0 %" in svg and "1: 50.0 %" in svg
+    assert "on a few probes" in found["Trainer against rollout engine"]["note"] and "hidden" in found["Seconds per step"]["note"]
+    assert "engine check" in found["Seconds per step"]["svg"]
+
+
+def test_no_staleness_no_chart(run_dir: Path, ahead_dir: Path) -> None:
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    write = [{**row, "staleness_max": min(0, row["staleness_max"])} for row in rows]
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in write))
+    assert "Staleness" not in {chart["title"] for chart in html.charts(read_run(run_dir))}
+
+
 def test_example_pivot_counts_samples_before_and_in_training(run_dir: Path) -> None:
     (example,) = html.examples(read_run(run_dir))
     assert (example["kind"], example["expert"], example["step"]) == ("toggle_roaming", "toggle_roaming(on=True)", 2)

@@ -14,7 +14,7 @@ from pivotrl.report import summary
 KEYS = {
     "seconds", "candidates", "profiled", "pivots", "dead_turn_share", "strict_vs_functional_disagreement", "before", "after",
     "rollout_turns", "rollout_turns_profiling", "rollout_turns_training", "train_tokens_per_s", "rollout_tokens_per_s",
-    "logprob_gap", "weight_sync", "peak_rss_gib",
+    "logprob_gap", "staleness", "weight_sync", "peak_rss_gib",
 }  # fmt: skip
 
 
@@ -48,6 +48,13 @@ def test_rates_leave_out_steps_without_an_update(run_dir: Path) -> None:
     assert found["logprob_gap"] == {"mean": pytest.approx(3e-7), "max": 2e-6}
 
 
+def test_of_stale_rollouts_the_probes_tell_the_gap_and_the_thread_the_speed(ahead_dir: Path) -> None:
+    """Their own gap is how far the policy has moved, and the trainer hardly waited for them."""
+    found = summary(ahead_dir)
+    assert found["logprob_gap"] == {"mean": pytest.approx((2e-7 + 2e-6) / 3), "max": 5e-6}
+    assert found["rollout_tokens_per_s"] == pytest.approx(240 / 10) and found["staleness"] == {"0": 12, "1": 12}
+
+
 def test_a_run_that_has_only_begun_has_nulls(tmp_path: Path, run_dir: Path) -> None:
     bare = tmp_path / "bare"
     bare.mkdir()
@@ -59,7 +66,16 @@ def test_a_run_that_has_only_begun_has_nulls(tmp_path: Path, run_dir: Path) -> N
     nothing = {"pivot_reward": None, "task_success": None, "out_of_domain": None}
     assert found["before"] == found["after"] == nothing
     assert found["logprob_gap"] == {"mean": None, "max": None} and found["weight_sync"] == {"count": None, "verified": None}
-    assert {key for key in KEYS if found[key] is None} == KEYS - {"seconds", "candidates", "before", "after", "logprob_gap", "weight_sync"}
+    assert found["staleness"] == {}
+    assert {key for key in KEYS if found[key] is None} == KEYS - {
+        "staleness",
+        "seconds",
+        "candidates",
+        "before",
+        "after",
+        "logprob_gap",
+        "weight_sync",
+    }
     assert all(found["seconds"][stage] is None for stage in ORDER[1:])
 
 
