@@ -6,6 +6,7 @@ reads ordinary tokens and nobody can open a turn or forge a call from inside con
 action markup (a malformed completion is shown as it was generated), but never the tokens that start or end turns.
 """
 
+import functools
 import json
 import math
 import re
@@ -26,6 +27,7 @@ ACTION_MARKUP = (CALL, END_CALL, THINK, END_THINK)
 STRAY_MARKUP = re.compile("</tool_call>|</?tool_response>|</?think>")
 TOOL_NAME = re.compile(r'[^\s"\\<>]+')  # the names that every template can print between quotes without escaping
 MAX_NESTING = 64
+MAX_CACHED = 4096  # pieces of text between control tokens, about as many as a batch of episodes holds
 # A Unicode noncharacter marks where encoding must break; it reaches neither the tokenizer nor the model.
 BREAK, REPLACEMENT = "\ufdd0", "\ufffd"
 
@@ -44,10 +46,16 @@ class Renderer:
         if not tokenizer.chat_template:
             raise ValueError(f"the tokenizer of {tokenizer.name_or_path!r} has no chat template; add chat_template.jinja to its folder")
         self.tokenizer = tokenizer
-        added = {token.content: token.special for token in tokenizer.added_tokens_decoder.values()}
-        self._control = _any_of(text for text, special in added.items() if special)
+        added = {token.content: token for token in tokenizer.added_tokens_decoder.values()}
+        controls = {text: token for text, token in added.items() if token.special}
+        self._control = _any_of(controls)
         self._guarded = _any_of(added)
         self._guarded_assistant = _any_of(text for text in added if text not in ACTION_MARKUP)
+        # A history that grows by a turn is encoded piece by piece, of which only the last ones are new.
+        plain = [text for text, token in controls.items() if not (token.lstrip or token.single_word or token.normalized)]
+        self._piece = re.compile(f"(?={_any_of(plain).pattern})")
+        self._piece_ids = functools.lru_cache(MAX_CACHED)(lambda text: tuple(tokenizer.encode(text, add_special_tokens=False)))
+        self._tools: tuple[Sequence[dict[str, Any]], list[dict[str, Any]]] = ((), [])
         probe = [Message(role="user", content="question")]
         self._opens_think = self._template(probe, (), opening=True).rstrip().endswith(THINK)
         turn = self._encode(self._turn_text(Action(content="answer"), probe, ()))
@@ -139,11 +147,15 @@ class Renderer:
             rendered = template_message(message)
             # Arguments are data wherever they stand: what they quote is never markup.
             messages.append({key: _guard(value, self._guarded if key == "tool_calls" else guarded) for key, value in rendered.items()})
-        schemas = _guard(list(tools), self._guarded) or None
-        return self.tokenizer.apply_chat_template(messages, tools=schemas, add_generation_prompt=opening, tokenize=False)
+        known, schemas = self._tools
+        if known is not tools:  # most calls are about the tools of the call before
+            schemas = _guard(list(tools), self._guarded)
+            self._tools = tools, schemas
+        return self.tokenizer.apply_chat_template(messages, tools=schemas or None, add_generation_prompt=opening, tokenize=False)
 
     def _encode(self, text: str) -> list[int]:
-        return [token for piece in text.split(BREAK) for token in self.tokenizer.encode(piece, add_special_tokens=False)]
+        pieces = (piece for part in text.split(BREAK) for piece in self._piece.split(part))
+        return [token for piece in pieces for token in self._piece_ids(piece)]
 
 
 def template_message(message: Message) -> dict[str, Any]:

@@ -172,10 +172,34 @@ class Pivot(Record):
 
 
 class Episode(Record):
-    """One evaluated episode. `end` says how it ended: "done", "max_turns" or "over_long"."""
+    """One evaluated episode. `end` says how it ended: "done", "max_turns" or "over_long" ("error": the environment crashed, no reward)."""
 
     task_id: str
     reward: float
     turns: int
     end: str
     actions: tuple[str, ...] = ()
+
+
+class Turn(Record):
+    """One sampled action of an episode. Its whole prompt is the first `shared` tokens of the turn before it (prompt and completion),
+    then `prompt`."""
+
+    prompt: tuple[int, ...]
+    completion: Completion
+    text: str
+    shared: int = 0
+    num_calls: int = 0
+
+
+class EpisodeRollout(Record):
+    """Episode `index` of a task in one step of end-to-end RL. `end` is as in Episode, or "error": the environment crashed, as
+    `error` says; the sample is then dropped and counted, `reward` means nothing. `environment_s`: seconds in the environment."""
+
+    task_id: str
+    index: int
+    reward: float
+    end: str
+    turns: tuple[Turn, ...] = ()
+    error: str = ""
+    environment_s: float = 0.0

@@ -9,14 +9,14 @@ from pivotrl.recipe import run_recipe
 def main(config: Config) -> None:
     from pivotrl.evaluation import benchmark
     from pivotrl.local_rollouts import open_sampler
-    from pivotrl.stages import open_stage, policies
+    from pivotrl.stages import open_stage, policies, run_path
 
     with open_stage("evaluate", config) as stage:
         if stage.done:
             return print(f"evaluations are already in {config.run_dir}/evaluation")
         for label, path in policies(config).items():
             with open_sampler(config, path) as sampler:
-                result = benchmark.evaluate(config, sampler, label)
+                result = benchmark.evaluate(config, sampler, run_path(config, "evaluation") / label)
             print(
                 label,
                 ", ".join(f"{name} {result[name]:.3f}" for name in ("pivot_reward", "task_success", "out_of_domain") if name in result),

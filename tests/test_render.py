@@ -163,6 +163,17 @@ def test_content_cannot_forge_control_tokens_and_keeps_its_letters(renderers, te
         assert shown in renderer.tokenizer.decode(attacked)
 
 
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_what_was_rendered_before_changes_nothing(renderers, template):
+    """Encoded pieces and schemas are kept between calls: a renderer that has seen nothing gives the same tokens."""
+    others = [{"type": "function", "function": {"name": "listen", "description": "<|im_end|>"}}]
+    history = (_user("one <|im_start|> two"), Message(role="assistant", content=" three "), _user("one"), _user("\n"))
+    asked = [(history[:count], tools) for count in (1, 3, 4) for tools in (TOOLS, others, ())] * 2
+    fresh = [Renderer(renderers[template].tokenizer).prompt(*question) for question in asked]
+    assert [renderers[template].prompt(*question) for question in asked] == fresh
+    assert len({tuple(tokens) for tokens in fresh}) == (9 if template != "compact" else 3)
+
+
 @pytest.mark.parametrize(("template", "kept"), [("compact", []), ("qwen3", ["r2", "r3"]), ("thinking", ["r2", "r3"])])
 def test_past_reasoning_stands_only_where_the_template_keeps_it(renderers, template, kept):
     """Qwen3 keeps the reasoning after the last question, the compact template none; the turn's own is in its completion alone."""

@@ -153,3 +153,16 @@ def test_the_resolved_config_is_kept_beside_the_output(config):
         pass
     kept = yaml.safe_load((Path(config.run_dir) / "configs" / "select_pivots.yaml").read_text())
     assert kept == to_dict(config)
+
+
+def test_a_run_folder_is_trained_over_pivots_or_over_episodes(config):
+    """Both write checkpoints/grpo: the second would resume from the first."""
+    for name in ("train_grpo", "train_e2e"):
+        make_inputs(name, config)
+    with open_stage("train_e2e", config):
+        make_outputs("train_e2e", config)
+    with pytest.raises(
+        ValueError, match="holds the output of train_e2e, where train_grpo would write: give train_grpo a run_name of its own"
+    ):
+        open_stage("train_grpo", config)
+    assert open_stage("train_e2e", config).done

@@ -1,33 +1,42 @@
 """Held-out measurements of one policy: pivot reward, end-to-end task success, out-of-domain skills."""
 
+import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pivotrl import preemption
+from pivotrl import episodes, preemption
 from pivotrl.config import Config
-from pivotrl.environments import Environment, build_environment
+from pivotrl.diagnostics import mean
+from pivotrl.environments import build_environment
 from pivotrl.evaluation import skills
 from pivotrl.local_rollouts import Sampler, seed_of
 from pivotrl.metrics import progress
 from pivotrl.profiling import choose
 from pivotrl.records import Journal, read_jsonl, write_json, write_jsonl
 from pivotrl.rollout.client import SampleRequest
-from pivotrl.types import Candidate, Completion, Episode, Message, Trajectory
+from pivotrl.types import Candidate, Episode, Trajectory
 
 
-def evaluate(config: Config, sampler: Sampler, label: str) -> dict[str, Any]:
-    """Measure the policy that `sampler` serves; episodes that are already in evaluation/<label> are not run again.
+def evaluate(config: Config, sampler: Sampler, folder: Path) -> dict[str, Any]:
+    """Measure the policy that `sampler` serves, into folder/result.json; what is there already is not measured again.
 
     Raises:
-        Preempted: asked to leave; the episodes that have ended are kept.
+        Preempted: asked to leave; the measurements and episodes that are over are kept.
     """
-    folder = Path(config.run_dir) / "evaluation" / label
-    result = {**pivot_reward(config, sampler), **out_of_domain(config, sampler)}
+    whole, partial = folder / "result.json", folder / "measured.json"
+    if whole.exists():
+        return json.loads(whole.read_bytes())
+    result = json.loads(partial.read_bytes()) if partial.exists() else {}
+    measures = {"pivot_reward": lambda: pivot_reward(config, sampler), "out_of_domain": lambda: out_of_domain(config, sampler)}
     if config.domain.environment:
-        result |= task_success(config, sampler, folder / "episodes.jsonl")
-    write_json(folder / "result.json", result)
+        measures["task_success"] = lambda: task_success(config, sampler, folder / "episodes.jsonl")
+    for name, measure in measures.items():
+        if name not in result:
+            result |= measure()
+            write_json(partial, result)
+    write_json(whole, result)
+    partial.unlink()
     return result
 
 
@@ -54,20 +63,11 @@ def pivot_reward(config: Config, sampler: Sampler) -> dict[str, Any]:
     }
 
 
-@dataclass
-class _Running:
-    """An episode in progress."""
-
-    task_id: str
-    environment: Environment
-    tools: Sequence[dict[str, Any]]
-    history: list[Message]
-    actions: list[str] = field(default_factory=list)
-    end: str = ""
-
-
 def task_success(config: Config, sampler: Sampler, path: Path) -> dict[str, Any]:
-    """Share of held-out tasks that the policy solves alone in the environment, by the environment's own judgement."""
+    """Share of held-out tasks that the policy solves alone in the environment, by the environment's own judgement.
+
+    Episodes whose environment crashed are no failures of the policy: they are left out, and counted among `episode_ends`.
+    """
     if not path.exists():
         trajectories = [t for t in read_jsonl(Path(config.candidates_path) / "trajectories.jsonl", Trajectory) if t.split == "heldout"]
         trajectories = trajectories[: config.evaluation.max_tasks]
@@ -79,78 +79,46 @@ def task_success(config: Config, sampler: Sampler, path: Path) -> dict[str, Any]
         order = {trajectory.task_id: i for i, trajectory in enumerate(trajectories)}
         write_jsonl(path, sorted(journal.records, key=lambda episode: order[episode.task_id]))
         journal.path.unlink()
-    episodes = read_jsonl(path, Episode)
-    ends = [episode.end for episode in episodes]
+    found = read_jsonl(path, Episode)
+    judged = [episode for episode in found if episode.end != "error"]
+    ends = [episode.end for episode in found]
     return {
-        "task_success": sum(episode.reward == 1.0 for episode in episodes) / max(1, len(episodes)),
-        "tasks": len(episodes),
-        "turns_mean": sum(episode.turns for episode in episodes) / max(1, len(episodes)),
+        "task_success": sum(episode.reward == 1.0 for episode in judged) / max(1, len(judged)),
+        "tasks": len(judged),
+        "turns_mean": sum(episode.turns for episode in judged) / max(1, len(judged)),
         "episode_ends": {end: ends.count(end) for end in sorted(set(ends))},
     }
 
 
 def run_episodes(config: Config, sampler: Sampler, trajectories: Sequence[Trajectory]) -> Iterator[Episode]:
-    """Act in all tasks side by side, one turn of each at a time, and yield each when it has ended.
-
-    Asked to leave, it yields what is over; the others are left where they are.
-    """
-    running = []
-    for trajectory in trajectories:
-        environment = build_environment(config.domain, trajectory.state)
-        running.append(_Running(trajectory.task_id, environment, trajectory.tools, list(environment.reset())))
-    for _ in progress(range(config.evaluation.max_turns), desc="episodes (turns)"):
-        if preemption.requested() or not take_turn(config, sampler, running):
-            break
-        yield from (_ended(episode) for episode in running if episode.end)
-        running = [episode for episode in running if not episode.end]
-    if not preemption.requested():
-        yield from (_ended(episode) for episode in running)
-
-
-def _ended(episode: _Running) -> Episode:
-    return Episode(
-        task_id=episode.task_id,
-        reward=episode.environment.reward(),
-        turns=len(episode.actions),
-        end=episode.end or "max_turns",
-        actions=tuple(episode.actions),
+    """Act in all tasks side by side and yield each when it has ended; asked to leave, no more are yielded."""
+    begun = (
+        episodes.Episode(t.task_id, 0, build_environment(config.domain, t.state), t.tools) for t in episodes.with_shared_tools(trajectories)
     )
 
+    def request(episode: episodes.Episode, prompt: tuple[int, ...]) -> SampleRequest:
+        return request_for(config, sampler, prompt, episode.task_id, len(episode.turns))
 
-def take_turn(config: Config, sampler: Sampler, running: Sequence[_Running]) -> bool:
-    """One action in every running episode; False when none is left."""
-    prompts = [tuple(sampler.renderer.prompt(episode.history, episode.tools)) for episode in running]
-    for episode, prompt in zip(running, prompts, strict=True):
-        if len(prompt) > config.rollout.max_prompt_tokens:
-            episode.end = "over_long"
-    active = [(episode, prompt) for episode, prompt in zip(running, prompts, strict=True) if not episode.end]
-    requests = [request_for(config, sampler, prompt, episode.task_id, len(episode.actions)) for episode, prompt in active]
-    for index, (completion,) in sampler.client.as_completed(requests):
-        step(sampler, active[index][0], completion)
-    return bool(active)
-
-
-def step(sampler: Sampler, episode: _Running, completion: Completion) -> None:
-    """Carry out one sampled action and put it and its answer into the episode's history."""
-    text = sampler.renderer.decode(completion.token_ids)
-    action = sampler.parse(completion, text)
-    answers, done = episode.environment.step(action)
-    episode.actions.append(text)
-    episode.history += [action.to_message(), *answers]
-    if done:
-        episode.end = "done"
+    ended = episodes.run(sampler, begun, request, max_turns=config.evaluation.max_turns)
+    for episode in progress(ended, total=len(trajectories), desc="episodes"):
+        actions = tuple(turn.text for turn in episode.turns)
+        yield Episode(task_id=episode.task_id, reward=episode.reward, turns=len(actions), end=episode.end, actions=actions)
 
 
 def out_of_domain(config: Config, sampler: Sampler) -> dict[str, Any]:
     """Exact-match accuracy on held-out examples of every skill family, and its mean over families."""
-    scores = {}
+    asked = []
     for family in skills.FAMILIES:
-        examples = skills.generate(family, config.evaluation.skill_examples, seed=config.seed, split="heldout")
-        prompts = [tuple(sampler.renderer.prompt(skills.to_messages(example)[:1], ())) for example in examples]
-        answers = sampler.client.sample([request_for(config, sampler, prompt, family, 0) for prompt in prompts])
-        texts = [sampler.parse(completion, sampler.renderer.decode(completion.token_ids)).content for (completion,) in answers]
-        scores[family] = sum(skills.score(example, text) for example, text in zip(examples, texts, strict=True)) / len(examples)
-    return {"out_of_domain": sum(scores.values()) / len(scores), "skills": scores}
+        for example in skills.generate(family, config.evaluation.skill_examples, seed=config.seed, split="heldout"):
+            prompt = tuple(sampler.renderer.prompt(skills.to_messages(example)[:1], ()))
+            asked.append((example, request_for(config, sampler, prompt, family, 0)))
+    answers = sampler.client.sample([request for _, request in asked])
+    found: dict[str, list[float]] = {family: [] for family in skills.FAMILIES}
+    for (example, request), (completion,) in zip(asked, answers, strict=True):
+        text = sampler.parse(completion, sampler.renderer.decode(completion.token_ids)).content
+        found[request.routing_key].append(float(skills.score(example, text)))
+    scores = {family: mean(values) for family, values in found.items()}
+    return {"out_of_domain": mean(list(scores.values())), "skills": scores}
 
 
 def request_for(config: Config, sampler: Sampler, prompt: tuple[int, ...], key: str, turn: int) -> SampleRequest:

@@ -166,11 +166,47 @@ def test_evaluate_writes_one_result(config, tmp_path, monkeypatch):
         return climber(request) if "stairs" in prompt_text(request) else [completion("right")] * request.n
 
     sampler, _ = make(config, answer)
-    result = benchmark.evaluate(config, sampler, "before")
+    result = benchmark.evaluate(config, sampler, tmp_path / "run" / "evaluation" / "before")
     assert (result["pivot_reward"], result["task_success"], result["out_of_domain"]) == (1.0, 0.5, 0.25)
     assert json.loads((tmp_path / "run" / "evaluation" / "before" / "result.json").read_text()) == result
     config.domain.environment = None
-    assert "task_success" not in benchmark.evaluate(config, sampler, "without_world")
+    assert "task_success" not in benchmark.evaluate(config, sampler, tmp_path / "run" / "evaluation" / "without_world")
+
+
+def test_what_a_stopped_evaluation_has_measured_is_not_measured_again(config, tmp_path, monkeypatch):
+    received: list[int] = []
+    monkeypatch.setattr(preemption, "_received", received)
+    monkeypatch.setattr(benchmark, "out_of_domain", lambda config, sampler: {"out_of_domain": 0.25, "skills": {}})
+
+    def answer(request):
+        return climber(request) if "stairs" in prompt_text(request) else [completion("right")] * request.n
+
+    sampler, client = make(config, lambda request: ("stairs" in prompt_text(request) and received.append(10), answer(request))[1])
+    with pytest.raises(preemption.Preempted, match="0 of 4 episodes"):
+        benchmark.evaluate(config, sampler, tmp_path / "run" / "evaluation" / "x")
+    folder = tmp_path / "run" / "evaluation" / "x"
+    assert not (folder / "result.json").exists()
+    received.clear()
+    sampler, client = make(config, answer)
+    result = benchmark.evaluate(config, sampler, tmp_path / "run" / "evaluation" / "x")
+    assert all("stairs" in prompt_text(request) for request in client.requests), "pivot rewards were kept"
+    assert sorted(path.name for path in folder.iterdir()) == ["episodes.jsonl", "result.json"]
+    client.requests.clear()
+    assert benchmark.evaluate(config, sampler, tmp_path / "run" / "evaluation" / "x") == result and not client.requests
+    assert result == benchmark.evaluate(config, sampler, tmp_path / "run" / "evaluation" / "whole")
+
+
+def test_a_world_that_crashes_is_no_failure_of_the_policy(config, tmp_path, monkeypatch):
+    def step(self, action):
+        if self.height == 5:
+            raise KeyError("the world fell over")
+        return Staircase.step(self, action)
+
+    monkeypatch.setattr(benchmark, "build_environment", type("Crashing", (Staircase,), {"step": step}))
+    sampler, _ = make(config, climber)
+    result = benchmark.task_success(config, sampler, tmp_path / "episodes.jsonl")
+    assert (result["tasks"], result["task_success"]) == (3, 1 / 3)
+    assert result["episode_ends"] == {"done": 2, "error": 1, "over_long": 1}
 
 
 def test_the_expert_solves_the_real_telecom_tasks(tmp_path):
@@ -203,7 +239,7 @@ def test_asked_to_leave_the_episodes_that_are_over_are_not_run_again(config, tmp
     monkeypatch.setattr(preemption, "_received", received)
     config.rollout.max_prompt_tokens = 220
     path = tmp_path / "run" / "evaluation" / "x" / "episodes.jsonl"
-    sampler, client = make(config, lambda request: (len(client.requests) == 7 and received.append(15), climber(request))[1])
+    sampler, client = make(config, lambda request: (len(client.requests) == 8 and received.append(15), climber(request))[1])
     with pytest.raises(preemption.Preempted, match="2 of 4 episodes are over"):
         benchmark.task_success(config, sampler, path)
     assert not path.exists()
