@@ -42,10 +42,12 @@ def prepare_tokenizer(config: Config, folder: Path) -> None:
     """Put the policy's tokenizer into `folder`: trained on the training text, or that of model.hf_path.
 
     Raises:
-        ValueError: neither is configured.
+        ValueError: neither is configured, or both.
     """
     if (folder / "tokenizer.json").exists():
         return
+    if config.sft.train_tokenizer and config.model.hf_path:
+        raise ValueError(f"sft.train_tokenizer=true with model.hf_path={config.model.hf_path}, which has a tokenizer: set one of them")
     if config.sft.train_tokenizer:
         path = Path(config.candidates_path) / "trajectories.jsonl"
         texts = [compact_text(t.messages) for t in read_jsonl(path, Trajectory) if t.split in ("warmup", "train")]

@@ -19,7 +19,8 @@ def main(config: Config) -> None:
         policy = Policy(config, None)
         last = checkpoint.latest(run_path(config, "checkpoints/grpo"))
         if last is None:
-            raise FileNotFoundError(f"no finished checkpoint in {run_path(config, 'checkpoints/grpo')}: run recipes/train_grpo.py")
+            folder = run_path(config, "checkpoints/grpo")
+            raise FileNotFoundError(f"no finished checkpoint in {folder}: run recipes/train_grpo.py or recipes/train_e2e.py")
         checkpoint.load(policy, last)
         renderer = Renderer.from_pretrained(initial_policy(config))
         export.write_hf(policy, final_policy(config), tokenizer_path=initial_policy(config), end_ids=renderer.stop_ids)

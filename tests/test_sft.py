@@ -129,6 +129,9 @@ def test_a_tokenizer_is_trained_on_what_may_be_trained_on_and_kept(config, tmp_p
 def test_without_a_tokenizer_the_error_says_how_to_get_one(config, tmp_path):
     with pytest.raises(ValueError, match="set model.hf_path .* or sft.train_tokenizer=true"):
         sft.prepare_tokenizer(config, tmp_path / "tokenizer")
+    config.sft.train_tokenizer, config.model.hf_path = True, "policy"
+    with pytest.raises(ValueError, match="sft.train_tokenizer=true with model.hf_path=policy"):
+        sft.prepare_tokenizer(config, tmp_path / "tokenizer")
 
 
 def test_the_last_step_and_every_nth_are_saved_with_their_loss(config, monkeypatch, tmp_path):

@@ -259,7 +259,7 @@ def _finish(axes: Axes, *, legend: bool) -> None:
 def examples(run: Run) -> list[dict[str, Any]]:
     """A few pivots with their different samples: how often each came before training, and in the newest training step that drew it."""
     profiles = {profile.candidate_id: profile for profile in run.profiles}
-    newest = _newest_groups(run.path / "rollouts")
+    newest = _newest_groups(run.path / "rollouts") if run.pivots else {}  # the rollouts of end-to-end RL are episodes
     found: dict[str, dict[str, Any]] = {}
     # One for each kind of expert action; those seen in training first, then those on which the first policy was most divided.
     for pivot in sorted(run.pivots, key=lambda p: (p.candidate.id not in newest, -p.variance, p.candidate.id)):
