@@ -1,7 +1,7 @@
 """torchrun that lets its processes save: `python -m pivotrl.launch --standalone --nproc-per-node 2 recipes/train_grpo.py ...`.
 
 Takes torchrun's own arguments. Torchrun kills its workers 30 s after a SIGTERM, does not know SIGUSR1, and ends with 1 whatever they
-ended with. Here both signals go on to the workers, which take the time they need, and the exit code is theirs.
+ended with. Here both signals go on to the workers, which take the time they need, and the exit code is theirs, on every node.
 """
 
 import signal
@@ -10,8 +10,31 @@ from collections.abc import Mapping, Sequence
 from types import FrameType
 
 import psutil
+from torch.distributed import run
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerState
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousConnectionError
+from torch.distributed.launcher import api
 
 from pivotrl.preemption import SAVED, SIGNALS
+
+OTHERS_S = 60.0  # ranks that saved leave together: other nodes' are over within seconds
+
+
+class Agent(LocalElasticAgent):
+    """Torchrun's agent of one node. Where the workers saved it waits for the other nodes' agents, as torchrun does after success only.
+
+    One agent holds the rendezvous store. If it left first, the others would lose the store, and their workers' exit codes with it.
+    """
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        result = super()._monitor_workers(worker_group)
+        if result.state == WorkerState.FAILED and exit_code(_codes(result)) == SAVED:
+            self._remaining_restarts = 0  # whoever asked them to leave starts them again
+            self._exit_barrier_timeout = OTHERS_S
+            self._exit_barrier()
+        return result
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -19,9 +42,7 @@ def main(arguments: Sequence[str]) -> int:
 
     On Ctrl-C torchrun's own way applies: it passes SIGINT on and waits 30 s.
     """
-    from torch.distributed import run
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
+    api.LocalElasticAgent = Agent  # what run.run makes its agent of
     options = run.parse_args(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *arguments])
     for number in SIGNALS:
         signal.signal(number, _pass_on)
@@ -29,10 +50,13 @@ def main(arguments: Sequence[str]) -> int:
     try:
         run.run(options)
     except ChildFailedError as error:
-        codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-        if exit_code(codes) != SAVED:
+        code = exit_code(_codes(error))
+        if code != SAVED:
             print(error, file=sys.stderr)
-        return exit_code(codes)
+        return code
+    except RendezvousConnectionError:
+        print("launch: another node's launcher, which holds the rendezvous, has ended; its log says why (exit code 1)", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -48,6 +72,10 @@ def exit_code(codes: Mapping[int, int]) -> int:
     if not failed:
         return SAVED
     return failed[0] if failed[0] > 0 else 128 - failed[0]
+
+
+def _codes(ended: RunResult | ChildFailedError) -> dict[int, int]:
+    return {rank: failure.exitcode for rank, failure in ended.failures.items()}
 
 
 def _pass_on(number: int, frame: FrameType | None) -> None:

