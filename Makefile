@@ -6,7 +6,7 @@ UV := .tools/bin/uv
 export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart test lint setup constraints clean gpu-check slurm-test
+.PHONY: quickstart paper paper-smoke test lint setup constraints clean gpu-check slurm-test
 
 setup: .venv/.installed
 
@@ -19,6 +19,13 @@ setup: .venv/.installed
 
 quickstart: setup
 	$(RUN) experiment=quickstart
+
+# The paper's comparison with error bars, and the same at the smallest sizes. Killed, they go on: docs/paper.md.
+paper: setup
+	$(PYTHON) tools/paper.py
+
+paper-smoke: setup
+	$(PYTHON) tools/paper.py --smoke
 
 test: setup
 	$(PYTHON) -m pytest -n 2 --dist loadgroup
