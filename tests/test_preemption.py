@@ -12,8 +12,9 @@ import pytest
 from pivotrl import preemption
 
 ALONE = """
-import os, subprocess, sys, time
+import os, signal, subprocess, sys, time
 from pivotrl import preemption
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 @preemption.handled("stage")
 def main():
     child = subprocess.Popen([sys.executable, "-c", "import time; print('child', flush=True); time.sleep(60)"])

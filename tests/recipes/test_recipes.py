@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from pivotrl import metrics
+from pivotrl.pipeline import ORDER
 from pivotrl.recipe import compose
 from pivotrl.records import read_jsonl
 from pivotrl.run_folder import RunFolder
@@ -28,7 +29,7 @@ def config():
 
 def test_every_stage_is_done_and_left_its_files(trained, config):
     manifest = RunFolder(trained).manifest()
-    assert list(manifest) == list(STAGES)
+    assert list(manifest) == list(ORDER)
     here = compose("experiment=smoke", f"run_dir={trained}")
     for stage, entry in manifest.items():
         assert entry["status"] == "done" and entry["error"] is None and entry["seconds"] > 0, stage
@@ -122,7 +123,7 @@ def test_evaluation_measures_both_policies(trained, config):
 
 def test_a_second_start_says_that_it_is_done(recipes, trained):
     before = state(trained)
-    for pair in zip(list(STAGES)[::2], [*list(STAGES)[1::2], None], strict=True):
+    for pair in zip(ORDER[::2], [*ORDER[1::2], None], strict=True):
         running = [(stage, recipes.start(stage, trained)) for stage in pair if stage]
         for stage, process in running:
             finished = recipes.wait(process)
