@@ -19,6 +19,8 @@ def sft_loss(logprobs_S: Tensor, fields: dict[str, Tensor]) -> tuple[Tensor, dic
 def grpo_loss(logprobs_S: Tensor, fields: dict[str, Tensor], algorithm: AlgorithmConfig) -> tuple[Tensor, dict[str, Tensor]]:
     """Clipped surrogate with truncated importance sampling and a k3 KL penalty to the reference policy.
 
+    The penalty's value is KL(pi || pi_0) on average, its gradient that of KL(pi_0 || pi): docs/theory.md.
+
     J = E[min(w A, clip(w, 1 - clip_low, 1 + clip_high) A)] - beta KL(pi || pi_0), token level (method, section 3);
     each token is multiplied by min(pi_old / pi_rollout, importance_cap), which corrects trainer/engine drift and rollouts of an
     older policy: the update is that of actions drawn from pi_old, but for the truncation (importance_cap None: no correction).

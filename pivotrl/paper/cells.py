@@ -50,9 +50,7 @@ PROFILES: dict[str, tuple[str, ...]] = {
 }
 CELLS = (
     Cell("base", "pi_0, before training", train=None, profile=None),
-    Cell(
-        "sft", "SFT on the expert's turns", "train_sft", ("sft.split=train", "sft.skill_share=0", "sft.train_tokenizer=false"), None, "_sft"
-    ),
+    Cell("sft", "SFT on the expert's turns", "train_sft", SFT, None, "_sft"),
     Cell("e2e", "end-to-end RL", "train_e2e", ("e2e.split=train",), None, "_e2e", curve=True),
     Cell("pivotrl", "PivotRL", curve=True),
     Cell("random", "random turns, no selection", overrides=("profile.rule=random",)),

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO
 
 from pivotrl.recipe import CONF_DIR
-from pivotrl.rollout.server import WATCHDOG
+from pivotrl.rollout.server import guard
 from pivotrl.rollout.serving import url_paths
 
 ROOT = CONF_DIR.parent
@@ -30,8 +30,7 @@ class Child:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True, pass_fds=tuple(held)
             )
-        arguments = [sys.executable, "-I", "-S", "-c", WATCHDOG, str(os.getpid()), str(self.process.pid)]
-        self._watchdog = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, start_new_session=True)
+        self._watchdog = guard(self.process)
 
     @property
     def code(self) -> int | None:

@@ -32,6 +32,12 @@ except ProcessLookupError:
 """
 
 
+def guard(process: subprocess.Popen) -> subprocess.Popen:
+    """Start what kills `process`, the leader of a session, and its group when this process is gone; kill it when `process` has ended."""
+    arguments = [sys.executable, "-I", "-S", "-c", WATCHDOG, str(os.getpid()), str(process.pid)]
+    return subprocess.Popen(arguments, stdin=subprocess.DEVNULL, start_new_session=True)
+
+
 @dataclass
 class Load:
     """What one server has done: answered requests, the tokens in them, the seconds they took, failed ones, its restarts."""
@@ -90,8 +96,7 @@ class Server:
             self.process = subprocess.Popen(
                 command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
-        arguments = [sys.executable, "-I", "-S", "-c", WATCHDOG, str(os.getpid()), str(self.process.pid)]
-        self.watchdog = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, start_new_session=True)
+        self.watchdog = guard(self.process)
 
     def stop(self, *, grace_s: float) -> None:
         """End our process and everything below it; nothing for a server that is not ours."""
