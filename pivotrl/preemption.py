@@ -105,7 +105,7 @@ def _listen(ended: threading.Event) -> None:
 def _leave_together(sentence: str) -> None:
     """Torchrun stops all when the first one ends, and the main process may still be stopping its servers."""
     dist = sys.modules.get("torch.distributed")  # a stage without it has one process
-    several = dist is not None and dist.is_initialized()
+    several = dist is not None and dist.is_initialized() and dist.get_world_size() > 1
     if not several or dist.get_rank() == 0:
         print(sentence, file=sys.stderr, flush=True)
     if several:

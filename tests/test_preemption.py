@@ -18,8 +18,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background
 @preemption.handled("stage")
 def main():
     child = subprocess.Popen([sys.executable, "-c", "import time; print('child', flush=True); time.sleep(60)"])
-    print(os.getpid(), child.pid, flush=True)
     try:
+        print(os.getpid(), child.pid, flush=True)
         while True:
             time.sleep(0.01)
             preemption.check("3 of 7 are done")
