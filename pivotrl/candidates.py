@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from pivotrl.config import DomainConfig
 from pivotrl.records import Journal, write_json, write_jsonl
-from pivotrl.sources import Source
+from pivotrl.sources import Source, WarmupSource
 from pivotrl.types import Action, Candidate, Record, Reject, Split, TaskRef, Trajectory
 
 
@@ -122,9 +122,12 @@ def extract(source: Source, domain: DomainConfig, *, folder: Path, seed: int) ->
         Counts: trajectories (all and per split), candidates, heldout_candidates, rejects {reason: number}.
 
     Raises:
-        ValueError: not one train candidate came out; says how many inputs were rejected for which reason.
+        ValueError: not one train candidate came out; says how many inputs were rejected for which reason. Or
+            domain.warmup_overlooked is set for a source that records its trajectories and does not make them.
     """
     folder = Path(folder)
+    if domain.warmup_overlooked > 0 and not isinstance(source, WarmupSource):
+        raise ValueError(f"domain.warmup_overlooked={domain.warmup_overlooked}: source {domain.source!r} reads recorded runs; set it to 0")
     listed = source.refs()
     rejects = [ref for ref in listed if isinstance(ref, Reject)]
     refs = assign_splits([ref for ref in listed if isinstance(ref, TaskRef)], domain, seed=seed)
@@ -172,7 +175,8 @@ def _read_all(source: Source, refs: Sequence[TaskRef], journal_path: Path) -> li
         done = {read.key: read for read in journal.records}
         for ref in tqdm(refs, desc="reading trajectories", unit="trajectory"):
             if ref.key not in done:
-                answer = source.read(ref.key)
+                warmup = ref.split == "warmup" and isinstance(source, WarmupSource)
+                answer = source.read_warmup(ref.key) if warmup else source.read(ref.key)
                 kind = "reject" if isinstance(answer, Reject) else "trajectory"
                 done[ref.key] = finish(_Read(key=ref.key, **{kind: answer}), ref)
                 journal.append(done[ref.key])

@@ -43,7 +43,11 @@ class ModelConfig:
 
 @dataclass
 class DomainConfig:
-    """source + verifier + environment. Counts are tasks; tasks are split before anything else happens."""
+    """source + verifier + environment. Counts are tasks; tasks are split before anything else happens.
+
+    `warmup_overlooked`: the share of repairs that whoever made the warm-up trajectories leaves out, so that pi_0 knows what to do
+    and often does not do it (sources that make their trajectories: tau2_telecom).
+    """
 
     name: str = MISSING
     source: str = MISSING
@@ -54,6 +58,7 @@ class DomainConfig:
     system_prompt: bool = True
     num_heldout_tasks: int = 0
     num_warmup_tasks: int = 0
+    warmup_overlooked: float = 0.0
     num_train_tasks: int | None = None
     verifier_timeout_s: float = 10.0
     verifier_workers: int = 1

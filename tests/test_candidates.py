@@ -171,6 +171,13 @@ def test_no_candidates_is_an_error_that_counts_the_rejects(tmp_path: Path):
     assert len(read_jsonl(tmp_path / "rejects.jsonl", Reject)) == 2
 
 
+def test_only_a_source_that_makes_its_runs_can_be_careless(tmp_path: Path):
+    sizes = domain()
+    sizes.warmup_overlooked = 0.5
+    with pytest.raises(ValueError, match="reads recorded runs; set it to 0"):
+        extract(ToySource(), sizes, folder=tmp_path, seed=0)
+
+
 def test_equal_ids_are_rejected_once_seen(tmp_path: Path):
     source = ToySource()
     source.read = lambda key: episode(1)

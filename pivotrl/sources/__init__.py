@@ -2,7 +2,7 @@
 
 import importlib
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from pivotrl.config import DomainConfig
 from pivotrl.types import Reject, TaskRef, Trajectory
@@ -31,6 +31,15 @@ class Source(Protocol):
 
     def read(self, key: str) -> Trajectory | Reject:
         """One trajectory in full, or the reason why it is left out (failed episode, malformed message...)."""
+        ...
+
+
+@runtime_checkable
+class WarmupSource(Source, Protocol):
+    """One that makes its trajectories, and can make those of the warm-up by someone less careful (domain.warmup_overlooked)."""
+
+    def read_warmup(self, key: str) -> Trajectory | Reject:
+        """As `read`; with domain.warmup_overlooked = 0 the same."""
         ...
 
 

@@ -1,5 +1,7 @@
 """The telecom expert: it passes, its trajectories are whole, repeatable, and say only what a policy can see."""
 
+from dataclasses import replace
+
 import pytest
 
 from pivotrl.config import DomainConfig
@@ -87,3 +89,21 @@ def test_a_failed_episode_is_a_reject(monkeypatch: pytest.MonkeyPatch):
 def test_unknown_key_is_refused():
     with pytest.raises(ValueError, match="'task_id' must be one of"):
         build_source(DOMAIN).read("nope")
+
+
+def test_a_careless_warm_up_sees_faults_and_leaves_some():
+    """Look-ups stay, repairs are left out in about the share asked for, always the same ones."""
+    careful, careless = build_source(DOMAIN), build_source(replace(DOMAIN, warmup_overlooked=0.5))
+    keys = [ref.key for ref in careful.refs()[::40]]
+    repairs = [0, 0]
+    rewards = []
+    for key in keys:
+        expert, made = careful.read(key), careless.read_warmup(key)
+        assert made == careless.read_warmup(key)
+        assert calls_of(made)[-1] in (DONE, TRANSFER)
+        repairs[0] += sum(source_module.is_repair(name) for name in calls_of(expert))
+        repairs[1] += sum(source_module.is_repair(name) for name in calls_of(made))
+        rewards.append(made.reward)
+    assert 0.35 < repairs[1] / repairs[0] < 0.65
+    assert 0 < sum(rewards) < 0.3 * len(keys), "one overlooked repair is enough to fail"
+    assert careless.read(keys[0]) == careful.read(keys[0]), "only the warm-up is careless"
