@@ -88,8 +88,13 @@ class Folders:
     root: Path
 
     @property
+    def warm_up(self) -> Path:
+        """The run folder of the careful half of the warm-up."""
+        return self.root / "warm_up"
+
+    @property
     def base(self) -> Path:
-        """The run folder of the data and the warm-up that all share."""
+        """The run folder of the data that all share, and of the careless half of the warm-up, which ends in pi_0."""
         return self.root / "base"
 
     @property
@@ -154,8 +159,12 @@ class Comparison:
         return list(found.values())
 
     def _warm_up(self) -> Job:
-        shared = (f"experiment={self.experiment}", f"run_dir={self.folders.base}", *self.overrides)
-        return Job("base", tuple((stage, shared) for stage in ("extract_candidates", "train_sft")))
+        """First to know what to do, then often not to do it (domain.warmup_overlooked): a policy that can learn without being taught."""
+        folders, stages = self.folders, ("extract_candidates", "train_sft")
+        careful = (f"experiment={self.experiment}", f"run_dir={folders.warm_up}", *self.overrides)
+        careless = (f"experiment={self.experiment}_careless", f"run_dir={folders.base}", *self.overrides)
+        started = (*careless, f"model.hf_path={folders.warm_up / 'hf' / 'sft'}")
+        return Job("base", (*((stage, careful) for stage in stages), (stages[0], careless), (stages[1], started)))
 
     def _profile(self, name: str, seed: int) -> Job:
         run_dir = self.folders.profile(name, seed)
