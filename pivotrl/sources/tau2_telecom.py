@@ -217,7 +217,10 @@ class TelecomExpertSource:
         return trajectory
 
     def read_warmup(self, key: str) -> Trajectory | Reject:
-        """The same by someone who leaves out domain.warmup_overlooked of all repairs; most of those episodes fail, and are kept."""
+        """The same by someone who leaves out domain.warmup_overlooked of all repairs and then takes the ticket for solved.
+
+        Most of those episodes fail, and are kept.
+        """
         overlooked = self._domain.warmup_overlooked
         return self._work(key, overlooked=overlooked) if overlooked else self.read(key)
 
@@ -226,11 +229,13 @@ class TelecomExpertSource:
         environment = TelecomEnvironment(self._domain, state)
         messages = list(environment.reset())
         calls = expert_calls(ticket=messages[-1].content)
-        chance = random.Random(key)
+        chance, unaware = random.Random(key), False
         call = next(calls)
         for turn in itertools.count():
             while is_repair(call.name) and chance.random() < overlooked:
-                call = calls.send("")  # no repair's answer is read
+                unaware, call = True, calls.send("")  # no repair's answer is read
+            if unaware and call.name == TRANSFER:
+                call = use(DONE)
             action = Action(tool_calls=(ToolCall(name=call.name, arguments=call.arguments, id=f"call_{turn}"),))
             answers, ended = environment.step(action)
             messages += [action.to_message(), *answers]

@@ -100,7 +100,7 @@ def test_a_careless_warm_up_sees_faults_and_leaves_some():
     for key in keys:
         expert, made = careful.read(key), careless.read_warmup(key)
         assert made == careless.read_warmup(key)
-        assert calls_of(made)[-1] in (DONE, TRANSFER)
+        assert calls_of(made)[-1] == DONE or made == expert
         repairs[0] += sum(source_module.is_repair(name) for name in calls_of(expert))
         repairs[1] += sum(source_module.is_repair(name) for name in calls_of(made))
         rewards.append(made.reward)
