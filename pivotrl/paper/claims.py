@@ -133,8 +133,9 @@ def _cheaper(results: Results) -> list[Claim]:
             continue
         verdict = HOLDS if ratio >= paper.value else FAILS
         rest = " PivotRL needs less, but not by that factor." if ratio > 1 else " PivotRL does not need less here."
+        paid = f" ({found['profiling']:,.0f} of them to profile)" if unit == "turns" else ""
         sentence = (
-            f"to {found['level']:.3f} task success PivotRL takes {found[ours]:,.0f} {unit}, end-to-end RL {found[theirs]:,.0f}: "
+            f"to {found['level']:.3f} task success PivotRL takes {found[ours]:,.0f} {unit}{paid}, end-to-end RL {found[theirs]:,.0f}: "
             f"a factor of {ratio:.2f}.{'' if verdict == HOLDS else rest}"
         )
         claims.append(Claim(claim, paper.times, verdict, sentence))

@@ -103,9 +103,9 @@ def reach(curve: Sequence[Point], level: float) -> Cost | None:
 def equal_success(pivotrl: Mapping[int, Result], e2e: Mapping[int, Result]) -> dict[str, float | str | None]:
     """Turns and seconds until the smaller of the two methods' best mean success; null with a reason when there is no such level.
 
-    PivotRL's curve begins at what its profiling cost, end-to-end RL's at nothing.
+    PivotRL's curve begins at what its profiling cost, end-to-end RL's at nothing. `training_ratio` leaves that cost (`profiling`) out.
     """
-    empty = dict.fromkeys(("level", "pivotrl", "e2e", "ratio", "pivotrl_wall_s", "e2e_wall_s", "wall_ratio"))
+    empty = dict.fromkeys(("level", "pivotrl", "profiling", "e2e", "ratio", "training_ratio", "pivotrl_wall_s", "e2e_wall_s", "wall_ratio"))
     curves = {"pivotrl": mean_curve(pivotrl), "e2e": mean_curve(e2e)}
     for name, curve in curves.items():
         if len(curve) < 2 or curve[0].step != 0:
@@ -116,11 +116,14 @@ def equal_success(pivotrl: Mapping[int, Result], e2e: Mapping[int, Result]) -> d
     level = min(max(point.success for point in curve) for curve in curves.values())
     ours, theirs = reach(curves["pivotrl"], level), reach(curves["e2e"], level)
     assert ours is not None and theirs is not None, "both reach the smaller of their best levels"
+    profiling = curves["pivotrl"][0].cost.turns
     return {
         "level": level,
         "pivotrl": ours.turns,
+        "profiling": profiling,
         "e2e": theirs.turns,
         "ratio": theirs.turns / ours.turns,
+        "training_ratio": theirs.turns / (ours.turns - profiling),
         "pivotrl_wall_s": ours.wall_s,
         "e2e_wall_s": theirs.wall_s,
         "wall_ratio": theirs.wall_s / ours.wall_s,

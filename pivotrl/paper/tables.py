@@ -79,6 +79,13 @@ def equal_success(numbers: Numbers) -> Table:
             f"{paper['pivotrl'].value:,.0f} against {paper['e2e'].value:,.0f} on SWE: {ratio.times}",
         ),
         (
+            "rollout turns without profiling",
+            count(None if found["pivotrl"] is None else found["pivotrl"] - found["profiling"]),
+            count(found["e2e"]),
+            times(found["training_ratio"]),
+            "–",
+        ),
+        (
             "seconds",
             count(found["pivotrl_wall_s"]),
             count(found["e2e_wall_s"]),

@@ -70,6 +70,7 @@ def test_equal_success_by_hand():
     pivotrl, e2e = {0: result(curve=[(400, 0.2), (800, 1.0)])}, {0: result(curve=[(0, 0.2), (2000, 0.4), (4000, 0.6)])}
     found = equal_success(pivotrl, e2e)
     assert found["level"] == 0.6 and found["pivotrl"] == pytest.approx(600) and found["e2e"] == 4000
+    assert found["profiling"] == 400 and found["training_ratio"] == pytest.approx(4000 / 200)
     assert found["ratio"] == pytest.approx(4000 / 600) and found["wall_ratio"] == pytest.approx(400 / 60) and found["reason"] is None
 
 

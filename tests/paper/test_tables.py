@@ -34,6 +34,7 @@ def test_out_of_domain_by_family_with_the_papers_mean(numbers):
 def test_equal_success(numbers):
     found = rows(tables.equal_success(numbers))
     assert found["rollout turns"][:3] == ("1,400", "7,200", "5.14x") and "133,000 against 542,000" in found["rollout turns"][3]
+    assert found["rollout turns without profiling"][:3] == ("400", "7,200", "18.00x")
     without = copy.deepcopy(numbers)
     without["rollout_turns_at_equal_success"] = dict.fromkeys(numbers["rollout_turns_at_equal_success"]) | {"reason": "e2e never rises"}
     table = tables.equal_success(without)
