@@ -35,9 +35,16 @@ def run_path(config: Config, relative: str) -> Path:
 
 
 def policies(config: Config) -> dict[str, Path]:
-    """The policies to evaluate by label: before and after training, or evaluation.policies by their folders' names."""
-    if config.evaluation.policies:
-        return {Path(path).name: Path(path) for path in config.evaluation.policies}
+    """The policies to evaluate by label: before and after training, or evaluation.policies by their folders' names.
+
+    Raises:
+        ValueError: two of evaluation.policies have the same name, so one's results would replace the other's.
+    """
+    if given := config.evaluation.policies:
+        found = {Path(path).name: Path(path) for path in given}
+        if len(found) < len(given):
+            raise ValueError(f"evaluation.policies={list(given)}: folders of one name share evaluation/<name>; evaluate them in two runs")
+        return found
     return {"before": initial_policy(config), "after": final_policy(config)}
 
 

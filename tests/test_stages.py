@@ -166,3 +166,9 @@ def test_a_run_folder_is_trained_over_pivots_or_over_episodes(config):
     ):
         open_stage("train_grpo", config)
     assert open_stage("train_e2e", config).done
+
+
+def test_two_policies_of_one_name_are_refused(config):
+    config = dataclasses.replace(config, evaluation=EvaluationConfig(policies=["runs/a/hf/sft", "runs/b/hf/sft"]))
+    with pytest.raises(ValueError, match="folders of one name share"):
+        policies(config)
