@@ -108,5 +108,5 @@ def test_ablations_may_have_fewer_seeds():
 def test_smoke_and_unknown_cells():
     assert set(METHODS) <= set(SMOKE) and len(SMOKE) >= len(METHODS) + 3
     assert [cell.name for cell in find_cells(["sft", "base"])] == ["base", "sft"] and find_cells(None) == CELLS
-    with pytest.raises(ValueError, match="there is no cell pivotlr; known: base, sft, e2e"):
+    with pytest.raises(ValueError, match="there is no cell pivotlr; known: base, sft, sft_fast, e2e"):
         find_cells(["base", "pivotlr"])
