@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,36 +19,23 @@ from pivotrl.types import Action, Candidate, Record, Reject, Split, TaskRef, Tra
 def assign_splits(refs: Sequence[TaskRef], domain: DomainConfig, *, seed: int) -> list[TaskRef]:
     """Give every task one split, in the hash order of its id; refs of tasks that no split needs are left out.
 
-    Held-out tasks are drawn as the source has them, those of warm-up and training evenly over their kinds. Counts are
-    tasks. Growing `num_train_tasks` moves no task. A new task can only push others to a later split (heldout -> warmup ->
-    train -> unused), at most one per boundary, so a task that was ever trained on never becomes held out.
+    Counts are tasks. Growing `num_train_tasks` moves no task. A new task can only push others to a later split (heldout ->
+    warmup -> train -> unused), at most one per boundary, so a task that was ever trained on never becomes held out.
     """
 
     def place(task_id: str) -> str:
         return hashlib.sha256(f"{seed}:{task_id}".encode()).hexdigest()
 
-    kind_of = {ref.task_id: ref.kind for ref in refs}
     reserved = {ref.task_id for ref in refs if ref.split == "heldout"}
-    free = sorted(kind_of.keys() - reserved, key=place)
+    free = sorted({ref.task_id for ref in refs} - reserved, key=place)
     heldout = sorted(reserved, key=place)[: domain.num_heldout_tasks]
-    surplus = domain.num_heldout_tasks - len(heldout)
-    others = _kinds_in_turn(free[surplus:], kind_of)
-    first_train = domain.num_warmup_tasks
+    first_warmup = domain.num_heldout_tasks - len(heldout)
+    first_train = first_warmup + domain.num_warmup_tasks
     end = None if domain.num_train_tasks is None else first_train + domain.num_train_tasks
-    split_of: dict[str, Split] = dict.fromkeys(heldout + free[:surplus], "heldout")
-    split_of |= dict.fromkeys(others[:first_train], "warmup")
-    split_of |= dict.fromkeys(others[first_train:end], "train")
+    split_of: dict[str, Split] = dict.fromkeys(heldout + free[:first_warmup], "heldout")
+    split_of |= dict.fromkeys(free[first_warmup:first_train], "warmup")
+    split_of |= dict.fromkeys(free[first_train:end], "train")
     return [msgspec.structs.replace(ref, split=split_of[ref.task_id]) for ref in refs if ref.task_id in split_of]
-
-
-def _kinds_in_turn(tasks: Sequence[str], kind_of: Mapping[str, str]) -> list[str]:
-    """The first task of every kind, then the second of every kind, and so on."""
-    seen: Counter[str] = Counter()
-    rank = {}
-    for task in tasks:
-        rank[task] = seen[kind_of[task]]
-        seen[kind_of[task]] += 1
-    return sorted(tasks, key=rank.__getitem__)
 
 
 def tools_key(tools: Sequence[dict[str, Any]]) -> str:

@@ -45,8 +45,8 @@ class ModelConfig:
 class DomainConfig:
     """source + verifier + environment. Counts are tasks; tasks are split before anything else happens.
 
-    `warmup_overlooked`: how often whoever made the warm-up trajectories overlooks what a look showed, so that pi_0 knows what to
-    do and often does not do it (sources that make their trajectories: tau2_telecom).
+    `warmup_overlooked`: the share of repairs that whoever made the warm-up trajectories leaves out, so that pi_0 knows what to do
+    and often does not do it (sources that make their trajectories: tau2_telecom).
     """
 
     name: str = MISSING

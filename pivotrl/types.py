@@ -53,15 +53,11 @@ class Action(Record):
 
 
 class TaskRef(Record):
-    """What a source knows of a trajectory before reading it: enough to split by task.
-
-    Tasks for warm-up and training are drawn evenly over `kind`, so that a kind is learned however rare it is.
-    """
+    """What a source knows of a trajectory before reading it: enough to split by task."""
 
     key: str
     task_id: str
     split: Split = ""
-    kind: str = ""
 
 
 class Trajectory(Record):

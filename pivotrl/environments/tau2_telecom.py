@@ -146,11 +146,6 @@ def task_ids() -> Sequence[str]:
     return tuple(_tasks())
 
 
-def ticket_kind(task_id: str) -> str:
-    """mms_issue, mobile_data_issue or service_issue: tau2's task ids are `[kind]fault|fault...[PERSONA:...]`."""
-    return task_id.partition("]")[0].removeprefix("[")
-
-
 @functools.cache
 def heldout_task_ids() -> frozenset[str]:
     """The 40 tasks of the benchmark's test split."""

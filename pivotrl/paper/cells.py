@@ -45,15 +45,12 @@ SFT = ("sft.split=train", "sft.skill_share=0", "sft.train_tokenizer=false")
 PROFILES: dict[str, tuple[str, ...]] = {
     "functional": (),
     "strict": STRICT,
-    "k16": ("profile.num_samples=16",),
+    "k8": ("profile.num_samples=8",),
     "k32": ("profile.num_samples=32",),
 }
 CELLS = (
     Cell("base", "pi_0, before training", train=None, profile=None),
     Cell("sft", "SFT on the expert's turns", "train_sft", SFT, None, "_sft"),
-    Cell(
-        "sft_fast", "SFT at three times the rate", "train_sft", (*SFT, "sft.optimizer.lr=1e-3", "sft.optimizer.min_lr=1e-4"), None, "_sft"
-    ),
     Cell("e2e", "end-to-end RL", "train_e2e", ("e2e.split=train",), None, "_e2e", curve=True),
     Cell("pivotrl", "PivotRL", curve=True),
     Cell("random", "random turns, no selection", overrides=("profile.rule=random",)),
@@ -63,7 +60,7 @@ CELLS = (
     Cell("max_mean_0.4", "lambda 0.4", overrides=("profile.max_mean=0.4",)),
     Cell("max_mean_0.6", "lambda 0.6", overrides=("profile.max_mean=0.6",)),
     Cell("max_mean_0.8", "lambda 0.8", overrides=("profile.max_mean=0.8",)),
-    Cell("k16", "K = 16 samples a turn", overrides=PROFILES["k16"], profile="k16"),
+    Cell("k8", "K = 8 samples a turn", overrides=PROFILES["k8"], profile="k8"),
     Cell("k32", "K = 32 samples a turn", overrides=PROFILES["k32"], profile="k32"),
     Cell("refresh", "profiled anew when the deviation falls", overrides=("profile.refresh=true",)),
 )

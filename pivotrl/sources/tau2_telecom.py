@@ -1,7 +1,6 @@
 """Expert trajectories of tau2-bench telecom: a program that looks first and repairs what it found.
 
-It knows the ticket and the answers to its own calls and nothing else, so a policy can learn every decision but the order of
-two permissions, which is any.
+It knows the ticket and the answers to its own calls and nothing else, so a policy can learn every decision.
 Each check below is a generator: it yields calls and is sent their answers.
 """
 
@@ -21,7 +20,6 @@ from pivotrl.environments.tau2_telecom import (
     heldout_task_ids,
     is_lookup,
     task_ids,
-    ticket_kind,
 )
 from pivotrl.types import Action, Reject, Split, TaskRef, ToolCall, Trajectory
 
@@ -41,7 +39,6 @@ class Case:
     """What the expert knows so far."""
 
     ticket: str
-    chance: random.Random
     customer: dict[str, Any] = field(default_factory=dict)
     line: dict[str, Any] = field(default_factory=dict)
 
@@ -153,7 +150,7 @@ def wifi_calling(case: Case) -> Check:
 
 def messaging_permissions(case: Case) -> Check:
     granted = yield use("check_app_permissions", app_name="messaging")
-    for permission in case.chance.sample(("sms", "storage"), 2):  # either order is right, so a policy should meet both
+    for permission in ("sms", "storage"):
         if permission not in granted:
             yield use("grant_app_permission", app_name="messaging", permission=permission)
 
@@ -183,9 +180,9 @@ CHECKS: dict[str, tuple[Callable[[Case], Check], ...]] = {  # by a phrase of the
 }
 
 
-def expert_calls(ticket: str, chance: random.Random) -> Check:
-    """All the calls of one episode, the ending call last; `chance` decides where two orders are equally right."""
-    case = Case(ticket, chance)
+def expert_calls(ticket: str) -> Check:
+    """All the calls of one episode, the ending call last."""
+    case = Case(ticket)
     checks = next((checks for phrase, checks in CHECKS.items() if phrase in ticket), CONNECTION)
     try:
         for check in checks:
@@ -203,11 +200,8 @@ class TelecomExpertSource:
         self._domain = domain
 
     def refs(self) -> list[TaskRef]:
-        """All tasks in tau2's order; key and task id are tau2's task id, and the kind is that of the ticket.
-
-        1,984 tasks are about MMS, 254 about mobile data, 47 about service; of the test split's 40, 16, 9 and 15.
-        """
-        return [TaskRef(key=task_id, task_id=task_id, split=_split(task_id), kind=ticket_kind(task_id)) for task_id in task_ids()]
+        """All tasks in tau2's order; key and task id are tau2's task id."""
+        return [TaskRef(key=task_id, task_id=task_id, split=_split(task_id)) for task_id in task_ids()]
 
     def read(self, key: str) -> Trajectory | Reject:
         """Let the expert work on task `key`; an episode that tau2 does not reward is rejected.
@@ -223,9 +217,9 @@ class TelecomExpertSource:
         return trajectory
 
     def read_warmup(self, key: str) -> Trajectory | Reject:
-        """The same by someone who overlooks what a look showed, domain.warmup_overlooked of the time, and takes the ticket for solved.
+        """The same by someone who leaves out domain.warmup_overlooked of all repairs and then takes the ticket for solved.
 
-        All repairs that the look would have led to are left out then. Most of those episodes fail, and are kept.
+        Most of those episodes fail, and are kept.
         """
         overlooked = self._domain.warmup_overlooked
         return self._work(key, overlooked=overlooked) if overlooked else self.read(key)
@@ -234,14 +228,12 @@ class TelecomExpertSource:
         state = {"task_id": key}
         environment = TelecomEnvironment(self._domain, state)
         messages = list(environment.reset())
-        chance, overlooking, unaware = random.Random(key), False, False
-        calls = expert_calls(messages[-1].content, chance)
+        calls = expert_calls(ticket=messages[-1].content)
+        chance, unaware = random.Random(key), False
         call = next(calls)
         for turn in itertools.count():
-            while overlooking and is_repair(call.name):
+            while is_repair(call.name) and chance.random() < overlooked:
                 unaware, call = True, calls.send("")  # no repair's answer is read
-            if not is_repair(call.name):
-                overlooking = chance.random() < overlooked
             if unaware and call.name == TRANSFER:
                 call = use(DONE)
             action = Action(tool_calls=(ToolCall(name=call.name, arguments=call.arguments, id=f"call_{turn}"),))

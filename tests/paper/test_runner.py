@@ -98,17 +98,17 @@ def test_everything_runs_once_and_never_again(runner, capsys):
 
 
 def test_a_failed_cell_stops_only_what_needs_it(runner):
-    made = runner("pivotrl", "random", "k16", seeds=(0,))
+    made = runner("pivotrl", "random", "k8", seeds=(0,))
     folder = made.comparison.root / "seed_0" / "profile_functional"
     folder.mkdir(parents=True)
     (folder / "fail_profile_candidates").touch()
     assert not made.run()
     failures = {failure.job: failure for failure in made.board.failures}
-    assert failures.keys() == {"seed_0/profile_functional", "seed_0/pivotrl", "seed_0/random"} and "seed_0/k16" in made.board.done
+    assert failures.keys() == {"seed_0/profile_functional", "seed_0/pivotrl", "seed_0/random"} and "seed_0/k8" in made.board.done
     assert "exit code 1" in failures["seed_0/profile_functional"].reason and "no luck" in failures["seed_0/random"].log.read_text()
     assert failures["seed_0/random"].reason == "not begun: it needs seed_0/profile_functional"
     (folder / "fail_profile_candidates").unlink()
-    assert runner("pivotrl", "random", "k16", seeds=(0,)).run()
+    assert runner("pivotrl", "random", "k8", seeds=(0,)).run()
 
 
 def test_a_server_that_does_not_start_fails_its_jobs(runner):
