@@ -11,6 +11,7 @@ SAMPLING = ("profile_candidates", "train_grpo", "train_e2e", "evaluate")  # stag
 # Only the tasks matter to a curve over training; skills and held-out turns are measured once, at the end.
 CURVE = ("evaluation.max_pivot_candidates=0", "evaluation.skill_examples=1")
 NO_CURVE = ("evaluation.every_steps=0",)
+GREEDY = ("evaluation.temperature=0.0", "evaluation.max_pivot_candidates=0")
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Cell:
 
 STRICT = ("domain.verifier=strict",)
 SFT = ("sft.split=train", "sft.skill_share=0", "sft.train_tokenizer=false")
+SFT_GENTLE = ("sft.optimizer.lr=3e-4", "sft.optimizer.min_lr=3e-5")
 PROFILES: dict[str, tuple[str, ...]] = {
     "functional": (),
     "strict": STRICT,
@@ -51,6 +53,7 @@ PROFILES: dict[str, tuple[str, ...]] = {
 CELLS = (
     Cell("base", "pi_0, before training", train=None, profile=None),
     Cell("sft", "SFT on the expert's turns", "train_sft", SFT, None, "_sft"),
+    Cell("sft_gentle", "SFT at a third of the rate", "train_sft", (*SFT, *SFT_GENTLE), None, "_sft"),
     Cell("e2e", "end-to-end RL", "train_e2e", ("e2e.split=train",), None, "_e2e", curve=True),
     Cell("pivotrl", "PivotRL", curve=True),
     Cell("random", "random turns, no selection", overrides=("profile.rule=random",)),
@@ -105,6 +108,10 @@ class Folders:
         """The run folder of one cell with one seed."""
         return self.root / f"seed_{seed}" / name
 
+    def greedy(self, name: str, seed: int) -> Path:
+        """The run folder in which the cell's policy is evaluated a second time, without sampling."""
+        return self.cell(name, seed) / "greedy"
+
     def profile(self, name: str, seed: int) -> Path:
         """The run folder of one profile with one seed."""
         return self.root / f"seed_{seed}" / f"profile_{name}"
@@ -153,8 +160,9 @@ class Comparison:
                     profile = self._profile(cell.profile, seed)
                     found.setdefault(profile.name, profile)
                     needs.append(profile.name)
-                stages = tuple((stage, self._overrides(cell, seed, stage)) for stage in cell.stages())
-                job = Job(f"seed_{seed}/{cell.name}", stages, tuple(needs))
+                stages = [(stage, self._overrides(cell, seed, stage)) for stage in cell.stages()]
+                greedy = ("evaluate", (*self._evaluation(cell, seed, self.folders.greedy(cell.name, seed)), *GREEDY))
+                job = Job(f"seed_{seed}/{cell.name}", (*stages, greedy), tuple(needs))
                 found[job.name] = job
         return list(found.values())
 
@@ -173,12 +181,17 @@ class Comparison:
 
     def _overrides(self, cell: Cell, seed: int, stage: str) -> tuple[str, ...]:
         run_dir = self.folders.cell(cell.name, seed)
+        if stage == "evaluate":
+            return self._evaluation(cell, seed, run_dir)
         shared = self._shared(run_dir, seed, cell.variant)
-        if stage == "evaluate":  # always by the functional verifier, in the same way for all
-            made = {None: self.folders.pi_0, "train_sft": run_dir / "hf" / "sft"}.get(cell.train, run_dir / "hf" / "final")
-            return (*shared, f"evaluation.policies=[{made}]", *NO_CURVE)
         profiles = (f"profiles_path={self.folders.profile(cell.profile, seed) / 'profiles'}",) if cell.profile else ()
         return (*shared, *profiles, *cell.overrides, *(CURVE if cell.curve else NO_CURVE))
+
+    def _evaluation(self, cell: Cell, seed: int, run_dir: Path) -> tuple[str, ...]:
+        """Always by the functional verifier, in the same way for all."""
+        trained = self.folders.cell(cell.name, seed) / "hf"
+        made = {None: self.folders.pi_0, "train_sft": trained / "sft"}.get(cell.train, trained / "final")
+        return (*self._shared(run_dir, seed, cell.variant), f"evaluation.policies=[{made}]", *NO_CURVE)
 
     def _shared(self, run_dir: Path, seed: int, variant: str = "") -> tuple[str, ...]:
         base = self.folders

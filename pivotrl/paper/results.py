@@ -49,6 +49,7 @@ class Result:
     Attributes:
         tasks: 1.0 or 0.0 by held-out task.
         evaluation: result.json of the last evaluation.
+        greedy: the same policy evaluated without sampling (no costs); None while it is not.
         profiling, training: what each took; profiling during training counts as profiling's turns and tokens, and training's seconds.
         curve: success against cost from pi_0 on; empty without evaluations during training.
         deviations: mean deviation of rewards inside groups by step.
@@ -63,6 +64,7 @@ class Result:
     curve: tuple[Point, ...] = ()
     deviations: tuple[float, ...] = ()
     counts: Row = field(default_factory=dict)
+    greedy: "Result | None" = None
 
     @property
     def success(self) -> float:
@@ -120,7 +122,15 @@ def read_cell(folders: Folders, cell: Cell, seed: int) -> Result | None:
             "refreshes": sum("refreshed_pivots" in row for row in rows),
             "steps": len(rows),
         },
+        greedy=_greedy(folders.greedy(cell.name, seed), cell, seed),
     )
+
+
+def _greedy(run_dir: Path, cell: Cell, seed: int) -> Result | None:
+    if RunFolder(run_dir).manifest().get("evaluate", {}).get("status") != "done":
+        return None
+    tasks, evaluation = _evaluated(run_dir)
+    return Result(cell.name, seed, tasks, evaluation)
 
 
 def _evaluated(run_dir: Path) -> tuple[dict[str, float], Row]:

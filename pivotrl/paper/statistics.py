@@ -64,6 +64,11 @@ def skill_change(result: Mapping[int, Result], base: Mapping[int, Result]) -> Di
     return Difference(mean(changes), standard_error(changes))
 
 
+def greedy(results: Mapping[int, Result]) -> dict[int, Result]:
+    """The seeds that were evaluated without sampling, too."""
+    return {seed: result.greedy for seed, result in results.items() if result.greedy is not None}
+
+
 def skill_changes(result: Result, base: Result) -> dict[str, float]:
     """Accuracy less that of pi_0 by family."""
     return {family: result.skills[family] - accuracy for family, accuracy in base.skills.items()}

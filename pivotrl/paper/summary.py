@@ -10,7 +10,7 @@ from typing import Any
 from pivotrl.paper import claims, published
 from pivotrl.paper.cells import CELLS, Cell, Folders
 from pivotrl.paper.results import Result, read_all
-from pivotrl.paper.statistics import deviation, equal_success, mean, mean_curve, skill_change, skill_changes, success_difference
+from pivotrl.paper.statistics import deviation, equal_success, greedy, mean, mean_curve, skill_change, skill_changes, success_difference
 from pivotrl.recipe import compose, to_dict
 from pivotrl.run_folder import RunFolder
 
@@ -66,11 +66,9 @@ def summarise(outcome: Outcome) -> dict[str, Any]:
     """
     results, seeds = outcome.results, outcome.seeds
     dates, commits = _made(outcome)
-    differences = {
-        f"pivotrl - {name}": _difference(success_difference(results["pivotrl"], results[name]))
-        for name in results
-        if name != "pivotrl" and "pivotrl" in results
-    }
+    others = [name for name in results if name != "pivotrl" and "pivotrl" in results]
+    differences = {f"pivotrl - {name}": _difference(success_difference(results["pivotrl"], results[name])) for name in others}
+    greedily = {f"pivotrl - {name}": _difference(success_difference(greedy(results["pivotrl"]), greedy(results[name]))) for name in others}
     return {
         "date": dates,
         "git": commits,
@@ -83,6 +81,7 @@ def summarise(outcome: Outcome) -> dict[str, Any]:
         "missing": outcome.missing,
         "methods": {name: _method(found, results.get("base", {}), seeds) for name, found in results.items()},
         "differences": differences,
+        "differences_greedy": greedily,
         "rollout_turns_at_equal_success": equal_success(results.get("pivotrl", {}), results.get("e2e", {})),
         "claims": [dataclasses.asdict(claim) for claim in claims.judge(results)],
         "paper": {"model": published.MODEL, "rollout_turns": {name: quoted.value for name, quoted in published.EQUAL_TURNS.items()}},
@@ -116,6 +115,7 @@ def _method(found: Mapping[int, Result], base: Mapping[int, Result], seeds: Sequ
         "out_of_domain": per_seed(lambda r: r.evaluation["out_of_domain"]),
         "skills": {family: per_seed(lambda r, family=family: r.skills[family]) for family in families},
         "skills_change": {family: [change.get(family) for change in by_family] for family in families},
+        "greedy": _greedy(greedy(found), greedy(base), seeds),
         "pivot_reward": per_seed(lambda r: r.evaluation["pivot_reward"]),
         **{name: _mean(values) for name, values in costs.items()},
         "per_seed": costs,
@@ -126,6 +126,13 @@ def _method(found: Mapping[int, Result], base: Mapping[int, Result], seeds: Sequ
             for point in mean_curve(found)
         ],
     }  # fmt: skip
+
+
+def _greedy(found: Mapping[int, Result], base: Mapping[int, Result], seeds: Sequence[int]) -> dict[str, Any]:
+    return {
+        "task_success": [found[seed].success if seed in found else None for seed in seeds],
+        "out_of_domain_change_mean": _difference(skill_change(found, base)),
+    }
 
 
 def spread(values: Sequence[float | None]) -> dict[str, float | None]:

@@ -38,13 +38,22 @@ def in_domain(numbers: Numbers) -> Table:
             quoted = published.IN_DOMAIN.get(name, (NONE,) * len(published.BENCHMARKS))
             change = NONE if name == "base" else with_error(method["task_success_change_mean"])
             seeds = ", ".join(percent(value) for value in method["task_success"])
-            rows.append((TITLES[name], percent_spread(method["task_success"]), seeds, change, *map(str, quoted)))
+            sampled, greedy = percent_spread(method["task_success"]), percent_spread(method["greedy"]["task_success"])
+            rows.append((TITLES[name], sampled, seeds, change, greedy, *map(str, quoted)))
     seeds, tasks = len(numbers["seeds"]), numbers["held_out_tasks"]
     note = (
         f"Held-out tasks solved alone in the environment, in percent: mean ± sample standard deviation over {seeds} seeds, {tasks} tasks. "
-        f"Change: paired by seed and task, with its standard error. To the right the paper's numbers on {published.MODEL}, another scale."
+        f"Change: paired by seed and task, with its standard error. "
+        f"Without sampling: the most likely token each time. To the right the paper's numbers on {published.MODEL}, another scale."
     )
-    header = ("method", "tasks solved", "seed by seed", "change to pi_0", *(f"paper: {name}" for name in published.BENCHMARKS))
+    header = (
+        "method",
+        "tasks solved",
+        "seed by seed",
+        "change to pi_0",
+        "without sampling",
+        *(f"paper: {name}" for name in published.BENCHMARKS),
+    )
     return Table("table_1", "Table 1: in domain", note, header, rows)
 
 
@@ -106,13 +115,14 @@ def ablations(numbers: Numbers) -> Table:
             continue
         against = with_error(numbers["differences"].get(f"pivotrl - {name}"))
         quoted = published.ABLATION_TAU2.get(name, NONE)
-        cells = (percent_spread(method["task_success"]), against, points_spread(method["out_of_domain_change"]))
+        greedy = percent_spread(method["greedy"]["task_success"])
+        cells = (percent_spread(method["task_success"]), against, greedy, points_spread(method["out_of_domain_change"]))
         rows.append((TITLES[name], *cells, count_mean(method["pivots"]), str(quoted)))
     note = (
         "Tasks solved in percent; PivotRL's lead over the row (paired, with its standard error); change on unrelated skills in points. "
         "All but the named choice is as in PivotRL."
     )
-    header = ("cell", "tasks solved", "PivotRL less this", "skills", "pivots", "paper: tau2")
+    header = ("cell", "tasks solved", "PivotRL less this", "without sampling", "skills", "pivots", "paper: tau2")
     return Table("table_4", "Table 4: ablations", note, header, rows)
 
 

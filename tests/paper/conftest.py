@@ -18,6 +18,7 @@ SEEDS = (0, 1, 2)
 PROFILE_TURNS, PROFILE_TOKENS, PROFILE_S = 1000, 9000, 50.0
 SUCCESS = {"base": (1, 1, 1), "sft": (2, 2, 2), "e2e": (4, 4, 4), "pivotrl": (4, 5, 4), "random": (3, 3, 3)}  # of five tasks
 SKILLS = {"base": 0.5, "sft": 0.2, "e2e": 0.5, "pivotrl": 0.5, "random": 0.45}
+GREEDY = {"base": 2, "sft": 3, "pivotrl": 5}  # of five tasks, without sampling; the others were not evaluated so
 CURVES = {"e2e": (2, 3, 4), "pivotrl": (3, 4, 4)}  # tasks solved after steps 2, 4, 6, for every seed
 
 
@@ -67,7 +68,11 @@ def write_cell(root: Path, name: str, seed: int, *, solved: int, skill: float, c
         (run / "pivots").mkdir(parents=True)
         (run / "pivots" / "pivots.jsonl").write_text("{}\n" * 7)
     write_json(run / "manifest.json", {"stages": stages})
-    write_evaluation(run, "sft" if cell.train in (None, "train_sft") else "final", solved, skill, seed)
+    label = "sft" if cell.train in (None, "train_sft") else "final"
+    write_evaluation(run, label, solved, skill, seed)
+    if name in GREEDY:
+        write_json(folders.greedy(name, seed) / "manifest.json", {"stages": {"evaluate": entry(8.0)}})
+        write_evaluation(folders.greedy(name, seed), label, GREEDY[name], skill, seed)
 
 
 def write_comparison(root: Path) -> Path:

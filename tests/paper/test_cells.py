@@ -24,7 +24,10 @@ def config(jobs):
     @functools.cache
     def composed(kind, stage):
         job = jobs.get(f"seed_1/{kind}", jobs["base"])
-        return compose(*dict(job.stages)[stage])
+        stages = dict(job.stages)
+        if "evaluate" in stages:
+            (_, stages["evaluate"]), (_, stages["greedy"]) = job.stages[-2:]
+        return compose(*stages[stage])
 
     return composed
 
@@ -83,6 +86,15 @@ def test_all_are_evaluated_alike_and_as_what_they_became(config, name):
     assert policy == {"base": initial_policy(own), "sft": Path(own.run_dir) / "hf" / "sft"}.get(name, final_policy(own))
 
 
+@pytest.mark.parametrize("name", SAMPLE)
+def test_the_same_policy_is_evaluated_without_sampling(config, name):
+    sampled, greedy = (relevant("evaluate", config(name, stage)) for stage in ("evaluate", "greedy"))
+    changed = {field for field, value in sampled["evaluation"].items() if greedy["evaluation"][field] != value}
+    assert changed == {"temperature", "max_pivot_candidates"} and greedy["evaluation"]["temperature"] == 0.0
+    assert greedy | {"evaluation": None} == sampled | {"evaluation": None}
+    assert config(name, "greedy").run_dir == f"{config(name, 'evaluate').run_dir}/greedy"
+
+
 def test_methods_train_on_the_same_tasks_from_the_same_policy(config):
     sft, e2e, pivotrl = config("sft", "train_sft"), config("e2e", "train_e2e"), config("pivotrl", "train_grpo")
     assert sft.sft.split == e2e.e2e.split == "train" and sft.sft.skill_share == 0 and not sft.sft.train_tokenizer
@@ -108,5 +120,5 @@ def test_ablations_may_have_fewer_seeds():
 def test_smoke_and_unknown_cells():
     assert set(METHODS) <= set(SMOKE) and len(SMOKE) >= len(METHODS) + 3
     assert [cell.name for cell in find_cells(["sft", "base"])] == ["base", "sft"] and find_cells(None) == CELLS
-    with pytest.raises(ValueError, match="there is no cell pivotlr; known: base, sft, e2e"):
+    with pytest.raises(ValueError, match="there is no cell pivotlr; known: base, sft, sft_gentle, e2e"):
         find_cells(["base", "pivotlr"])

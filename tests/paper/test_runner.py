@@ -89,9 +89,10 @@ def test_everything_runs_once_and_never_again(runner, capsys):
     assert first.run() and len(first.board.done) == len(first.board.jobs) == 1 + 2 * 4
     assert starts(first, "seed_1/profile_functional") == ["profile_candidates True"], "two cells share it"
     assert starts(first, "seed_0/random") == ["select_pivots False", "train_grpo True", "export_hf False", "evaluate True"]
+    assert starts(first, "seed_0/random/greedy") == ["evaluate True"]
     assert all(server.closed for server in first.servers)
     printed = capsys.readouterr().out.splitlines()
-    assert printed[-1].startswith("[9/9]") and "ETA 00:00" in printed[-1] and len(printed) == 4 + 2 + 2 + 8 + 8
+    assert printed[-1].startswith("[9/9]") and "ETA 00:00" in printed[-1] and len(printed) == 4 + 2 + 4 + 10 + 10
     again = runner("base", "pivotrl", "random")
     assert again.run() and starts(again, "seed_0/random") == starts(first, "seed_0/random")
     assert "already done" in capsys.readouterr().out

@@ -27,6 +27,9 @@ def test_values_by_hand(numbers):
     assert pivotrl["task_success_mean"] == {"mean": pytest.approx(2.6 / 3), "sd": pytest.approx((0.04 / 3) ** 0.5)}
     assert (pivotrl["rollout_turns"], pivotrl["profiling_turns"], pivotrl["wall_s"], pivotrl["profiling_wall_s"]) == (1600, 1000, 65, 50)
     assert pivotrl["per_seed"]["rollout_tokens"] == [15_000] * 3 and pivotrl["pivots"] == [7, 7, 7]
+    assert pivotrl["greedy"]["task_success"] == [1.0] * 3 and numbers["methods"]["e2e"]["greedy"]["task_success"] == [None] * 3
+    assert numbers["differences_greedy"]["pivotrl - sft"]["mean"] == pytest.approx(0.4)
+    assert numbers["differences_greedy"]["pivotrl - e2e"] is None
     sft = numbers["methods"]["sft"]
     assert sft["out_of_domain_change"] == pytest.approx([-0.3] * 3) and sft["skills_change"]["sort"] == pytest.approx([-0.3] * 3)
     assert numbers["methods"]["base"]["out_of_domain_change"] == [0, 0, 0] and sft["profiling_turns"] == 0

@@ -20,8 +20,11 @@ def test_every_row_fits_its_header(numbers):
 
 def test_in_domain(numbers):
     found = rows(tables.in_domain(numbers))
-    assert found["PivotRL"][:3] == ("86.7 ± 11.5", "80.0, 100.0, 80.0", "+66.7 (se 21.1)") and found["PivotRL"][3] == "63.81 (2nd)"
-    assert found["pi_0, before training"][2] == "–" and found["end-to-end RL"][3:] == ("–",) * 4
+    assert found["PivotRL"][:3] == ("86.7 ± 11.5", "80.0, 100.0, 80.0", "+66.7 (se 21.1)") and found["PivotRL"][3:5] == (
+        "100.0 ± 0.0",
+        "63.81 (2nd)",
+    )
+    assert found["pi_0, before training"][2] == "–" and found["end-to-end RL"][3:] == ("–",) * 5
     assert "3 seeds, 5 tasks" in tables.in_domain(numbers).note
 
 
@@ -44,6 +47,7 @@ def test_equal_success(numbers):
 def test_ablations_are_measured_against_pivotrl(numbers):
     found = rows(tables.ablations(numbers))
     assert list(found) == ["PivotRL", "random turns, no selection"]
+    assert found["PivotRL"][2] == "100.0 ± 0.0" and found["random turns, no selection"][2] == "–"
     assert found["random turns, no selection"][0] == "60.0 ± 0.0" and found["random turns, no selection"][-1] == "59.68 (2nd)"
 
 
