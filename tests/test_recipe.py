@@ -32,6 +32,7 @@ def test_composition_gives_checked_dataclasses():
         ("rollout.urls={a: b}", "urls"),
         ("run_name=${nowhere}", "nowhere"),
         ("model=tyny", "tiny"),
+        ("experiment=quikstart", "quickstart"),
     ],
 )
 def test_a_mistake_is_refused_with_its_name(override, text):
