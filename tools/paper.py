@@ -22,6 +22,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--ablation-seeds", nargs="+", type=int, metavar="SEED", help="default the same, or 0 with --smoke")
     parser.add_argument("--lanes", type=int, default=2, help="cells that run side by side, each lane with a rollout server (default 2)")
     parser.add_argument("--report-only", action="store_true", help="run nothing, write the report of what is there")
+    parser.add_argument("--warm-up", type=Path, metavar="FOLDER", help="the careful half of another comparison, FOLDER/warm_up there")
     parser.add_argument("--override", nargs="+", default=[], metavar="KEY=VALUE", help="Hydra overrides for every stage")
     return parser.parse_args()
 
@@ -41,7 +42,8 @@ def main() -> None:
             seeds = args.seeds or ((0, 1) if args.smoke else (0, 1, 2))
             ablation_seeds = args.ablation_seeds or ((0,) if args.smoke else seeds)
             cells = paper.find_cells(args.only or (paper.SMOKE if args.smoke else None))
-            comparison = paper.Comparison(folder, experiment, tuple(seeds), cells, tuple(args.override), tuple(ablation_seeds))
+            overrides = tuple(args.override)
+            comparison = paper.Comparison(folder, experiment, tuple(seeds), cells, overrides, tuple(ablation_seeds), args.warm_up)
             done = paper.run(comparison, lanes=args.lanes)
         print(f"report: {paper.write_report(folder)}")
     except (HydraException, OmegaConfBaseException, ValueError, FileNotFoundError) as error:

@@ -133,7 +133,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Which experiment, seeds and cells; `overrides` go to every stage, before the cells' own. `ablation_seeds`: None is `seeds`."""
+    """Which experiment, seeds and cells.
+
+    Attributes:
+        overrides: go to every stage, before the cells' own.
+        ablation_seeds: None: as `seeds`.
+        warm_up: the run folder of the careful half of the warm-up, to share one with another comparison; None: in `root`.
+    """
 
     root: Path
     experiment: str
@@ -141,6 +147,7 @@ class Comparison:
     cells: tuple[Cell, ...] = CELLS
     overrides: tuple[str, ...] = ()
     ablation_seeds: tuple[int, ...] | None = None
+    warm_up: Path | None = None
 
     def seeds_of(self, cell: Cell) -> tuple[int, ...]:
         """The seeds that a cell is run with."""
@@ -168,10 +175,10 @@ class Comparison:
 
     def _warm_up(self) -> Job:
         """First to know what to do, then often not to do it (domain.warmup_overlooked): a policy that can learn without being taught."""
-        folders, stages = self.folders, ("extract_candidates", "train_sft")
-        careful = (f"experiment={self.experiment}", f"run_dir={folders.warm_up}", *self.overrides)
-        careless = (f"experiment={self.experiment}_careless", f"run_dir={folders.base}", *self.overrides)
-        started = (*careless, f"model.hf_path={folders.warm_up / 'hf' / 'sft'}")
+        warm_up, stages = self.warm_up or self.folders.warm_up, ("extract_candidates", "train_sft")
+        careful = (f"experiment={self.experiment}", f"run_dir={warm_up}", *self.overrides, "domain.warmup_overlooked=0")
+        careless = (f"experiment={self.experiment}_careless", f"run_dir={self.folders.base}", *self.overrides)
+        started = (*careless, f"model.hf_path={warm_up / 'hf' / 'sft'}")
         return Job("base", (*((stage, careful) for stage in stages), (stages[0], careless), (stages[1], started)))
 
     def _profile(self, name: str, seed: int) -> Job:

@@ -65,10 +65,11 @@ def lead(numbers: dict[str, Any]) -> str:
     """Where the numbers come from, in a few sentences."""
     sizes_, seeds = numbers["sizes"], len(numbers["seeds"])
     commits = ", ".join(commit[:10] + ("+dirty" if commit.endswith("+dirty") else "") for commit in numbers["git"]) or "unknown"
+    changed = f"Set otherwise: {', '.join(numbers['overrides'])}. " if numbers["overrides"] else ""
     return (
         f"{numbers['date']}, commit {commits}. Model {sizes_['model']['name']}, domain {sizes_['domain']['name']}, {seeds} seeds, "
         f"{numbers['held_out_tasks']} held-out tasks. All methods start from the same pi_0 and the same expert trajectories. "
-        "The paper's own numbers are of a 30B model on four benchmarks: compare directions and ratios, not values."
+        f"{changed}The paper's own numbers are of a 30B model on four benchmarks: compare directions and ratios, not values."
     )
 
 

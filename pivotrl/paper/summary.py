@@ -16,7 +16,7 @@ from pivotrl.run_folder import RunFolder
 
 SIZES = {  # what a reader must know to judge the scale, by group of the configuration
     "model": ("name", "hidden_size", "num_layers", "num_experts", "experts_per_token", "vocab_size"),
-    "domain": ("name", "verifier", "num_heldout_tasks", "num_warmup_tasks", "num_train_tasks"),
+    "domain": ("name", "verifier", "num_heldout_tasks", "num_warmup_tasks", "num_train_tasks", "warmup_overlooked"),
     "sft": ("num_steps", "tokens_per_step", "skill_share", "optimizer.lr", "optimizer.min_lr"),
     "profile": ("num_samples", "max_candidates", "max_mean", "rule"),
     "algorithm": ("num_steps", "pivots_per_step", "group_size"),
@@ -150,9 +150,9 @@ def _difference(difference: Any) -> dict[str, Any] | None:
 
 
 def _sizes(outcome: Outcome) -> dict[str, dict[str, Any]]:
-    """The configured sizes by group (`sft`: of the warm-up), then what a method's own experiment changes, under `only <method>`."""
+    """The configured sizes by group (`sft`: of the warm-up), then what the careless half or a method changes, under `only <it>`."""
     main, found = _chosen(outcome, ""), {}
-    for variant in sorted({cell.variant for cell in CELLS} - {""}):
+    for variant in sorted({"_careless"} | {cell.variant for cell in CELLS} - {""}):
         differing = [
             (f"{group}.{name}", value)
             for group, chosen in _chosen(outcome, variant).items()

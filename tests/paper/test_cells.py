@@ -111,6 +111,19 @@ def test_own_overrides_come_first_so_that_cells_keep_their_choice():
     assert stages["select_pivots"].profile.max_mean == 0.4 and stages["train_grpo"].rollout.temperature == 0.5
 
 
+def test_another_pi_0_may_share_the_careful_half_which_overlooks_nothing():
+    def stages(root, warm_up, *overrides):
+        comparison = Comparison(root, "paper", (0,), find_cells(["base"]), overrides, warm_up=warm_up)
+        return [compose(*overrides) for _, overrides in comparison.jobs()[0].stages]
+
+    own = stages(Path("runs/paper"), None)
+    shared = stages(Path("other"), Path("runs/paper/warm_up"), "domain.warmup_overlooked=0.7")
+    for number, stage in enumerate(("extract_candidates", "train_sft")):
+        assert relevant(stage, shared[number]) == relevant(stage, own[number]) and shared[number].run_dir == own[number].run_dir
+    assert [config.domain.warmup_overlooked for config in own + shared] == [0.0, 0.0, 0.3, 0.3, 0.0, 0.0, 0.7, 0.7]
+    assert shared[3].run_dir == "other/base" and shared[3].model.hf_path == own[3].model.hf_path == "runs/paper/warm_up/hf/sft"
+
+
 def test_ablations_may_have_fewer_seeds():
     jobs = Comparison(Path("x"), "paper", (0, 1), find_cells(["pivotrl", "random", "strict"]), ablation_seeds=(1,)).jobs()
     names = {"seed_0/profile_functional", "seed_0/pivotrl", "seed_1/profile_functional", "seed_1/pivotrl", "seed_1/random"}

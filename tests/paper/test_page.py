@@ -45,3 +45,8 @@ def test_the_report_is_written(comparison_dir):
     assert path == comparison_dir / "report" / "paper.html"
     names = {"paper.html", "paper.md", "summary.json", "figure_1.svg", "figure_3.svg", "figure_4.svg"}
     assert {file.name for file in path.parent.iterdir()} == names
+
+
+def test_what_was_set_by_hand_is_told(numbers):
+    assert "Set otherwise" not in page.lead(numbers)
+    assert "Set otherwise: domain.warmup_overlooked=0.7." in page.lead(numbers | {"overrides": ["domain.warmup_overlooked=0.7"]})

@@ -45,6 +45,7 @@ def test_turns_at_equal_success_by_hand(numbers):
 
 def test_sizes_are_the_configured_ones(numbers):
     assert numbers["sizes"]["model"]["num_layers"] == 2 and numbers["sizes"]["only e2e"]["e2e.tasks_per_step"] == 2
+    assert numbers["sizes"]["only careless"]["domain.warmup_overlooked"] == 0.3 and numbers["sizes"]["domain"]["warmup_overlooked"] == 0.0
     assert numbers["sizes"]["only sft"]["sft.num_steps"] == 5 and numbers["sizes"]["sft"]["num_steps"] == 90
 
 
