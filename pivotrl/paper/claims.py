@@ -85,7 +85,9 @@ def _sft_loses(results: Results) -> Claim | None:
         return None
     verdict = {-1: HOLDS, 0: OPEN, 1: FAILS}[change.sign]
     paper = f"{published.OUT_OF_DOMAIN_CHANGE['sft'].change} points over eight benchmarks"
-    return Claim("Out of domain, SFT loses", paper, verdict, f"mean change over ten skills: {shown(change)}.")
+    gentle = skill_change(results.get("sft_gentle", {}), results.get("base", {}))
+    beside = f" At a third of its learning rate: {shown(gentle)}." if gentle is not None else ""
+    return Claim("Out of domain, SFT loses", paper, verdict, f"mean change over ten skills: {shown(change)}.{beside}")
 
 
 def _pivotrl_keeps(results: Results) -> Claim | None:

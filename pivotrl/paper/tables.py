@@ -144,7 +144,8 @@ def claims(numbers: Numbers) -> Table:
     rows = [(claim["claim"], claim["verdict"], claim["sentence"], claim["paper"]) for claim in numbers["claims"]]
     note = (
         "Decided by the numbers below. A difference counts when it exceeds two standard errors; `no worse` holds where a loss of more than "
-        f"{100 * TASK_MARGIN:g} points of tasks, or {100 * SKILL_MARGIN:g} points of skills, can be ruled out as surely."
+        f"{100 * TASK_MARGIN:g} points of tasks, or {100 * SKILL_MARGIN:g} points of skills, can be ruled out as surely, "
+        "and fails where any loss is sure."
     )
     return Table("claims", "The paper's claims", note, ("claim", "verdict", "what was measured", "the paper"), rows)
 

@@ -42,7 +42,11 @@ def test_a_single_seed_still_has_the_error_over_tasks():
 
 @pytest.mark.parametrize(("skill", "verdict"), [((0.2, 0.21, 0.22), HOLDS), ((0.6, 0.61, 0.6), FAILS), ((0.3, 0.5, 0.68), OPEN)])
 def test_sft_loses_skills(skill, verdict):
-    assert one("SFT loses", base=cell((1, 1, 1)), sft=cell((1, 1, 1), skill=skill)).verdict == verdict
+    base, sft, gentle = cell((1, 1, 1)), cell((1, 1, 1), skill=skill), cell((1, 1, 1), skill=0.48)
+    assert one("SFT loses", base=base, sft=sft).verdict == one("SFT loses", base=base, sft=sft, sft_gentle=gentle).verdict == verdict
+    told = one("SFT loses", base=base, sft=sft, sft_gentle=gentle).sentence
+    assert "At a third of its learning rate: \N{MINUS SIGN}2.0 points" in told
+    assert "At a third" not in one("SFT loses", base=base, sft=sft).sentence
 
 
 @pytest.mark.parametrize(("skill", "verdict"), [((0.5, 0.51, 0.49), HOLDS), ((0.4, 0.41, 0.4), FAILS), ((0.4, 0.5, 0.6), OPEN)])
