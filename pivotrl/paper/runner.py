@@ -92,14 +92,14 @@ class Clock:
     def __init__(self, jobs: Sequence[Job], lanes: int):
         self.started = time.monotonic()
         self.lanes = lanes
-        self._open = {(job.kind, stage, job.name) for job in jobs for stage, _ in job.stages}
+        self._open = [(job.kind, stage, job.name) for job in jobs for stage, _ in job.stages]  # a job may have a stage twice
         self._seconds: dict[tuple[str, str], list[float]] = {}
         self._lock = threading.Lock()
 
     def finished(self, job: Job, stage: str, seconds: float | None) -> None:
         """A stage is over; None when there was nothing to do."""
         with self._lock:
-            self._open.discard((job.kind, stage, job.name))
+            self._open.remove((job.kind, stage, job.name))
             if seconds is not None:
                 self._seconds.setdefault((job.kind, stage), []).append(seconds)
 

@@ -197,6 +197,15 @@ def test_the_clock_tells_the_rest_from_the_same_stage_of_the_same_kind():
     assert clock.left() == pytest.approx((4 + 10 + 4 + 4) / 2)
 
 
+def test_the_clock_counts_a_stage_that_a_job_has_twice():
+    job = Job("seed_0/x", (("evaluate", ()), ("evaluate", ("evaluation.temperature=0.0",))))
+    clock = Clock([job], lanes=1)
+    clock.finished(job, "evaluate", 4.0)
+    assert clock.left() == pytest.approx(4.0)
+    clock.finished(job, "evaluate", 6.0)
+    assert clock.left() == 0.0
+
+
 def paper(folder, *arguments):
     command = [sys.executable, "-W", "ignore", str(ROOT / "tools" / "paper.py"), "--folder", str(folder), *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
