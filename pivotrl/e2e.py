@@ -16,7 +16,7 @@ from pivotrl.diagnostics import mean
 from pivotrl.environments import ENVIRONMENTS, build_environment
 from pivotrl.groups import action_item, scored_items, step_pivots
 from pivotrl.local_rollouts import Sampler, seed_of
-from pivotrl.records import Journal, read_jsonl, write_jsonl
+from pivotrl.records import completed, read_jsonl
 from pivotrl.rollout.client import SampleRequest
 from pivotrl.types import Completion, EpisodeRollout, Trajectory
 
@@ -58,25 +58,19 @@ class EpisodeGroups:
     def sample(self, step: int) -> list[list[EpisodeRollout]] | None:
         path = Path(self.config.run_dir) / "rollouts" / f"step_{step:06d}.jsonl"
         size = self.config.algorithm.group_size
-        if path.exists():
-            path.with_suffix(".journal.jsonl").unlink(missing_ok=True)
-            rollouts = read_jsonl(path, EpisodeRollout)
-            return [rollouts[start : start + size] for start in range(0, len(rollouts), size)]
         chosen = step_pivots(self.tasks, self.config.e2e.tasks_per_step, step=step, seed=self.config.seed)
-        with Journal(path.with_suffix(".journal.jsonl"), EpisodeRollout) as journal:
-            done = {(rollout.task_id, rollout.index) for rollout in journal.records}
-            wanted = [(task, index) for task in chosen for index in range(size) if (task.task_id, index) not in done]
-            for rollout in self._play(step, wanted):
+        wanted = {(task.task_id, index): task for task in chosen for index in range(size)}
+
+        def play(done: set[tuple[str, int]]) -> Iterator[EpisodeRollout]:
+            for rollout in self._play(step, [(task, index) for (name, index), task in wanted.items() if (name, index) not in done]):
                 watchdog.beat(f"{path.stem}: sampling")
-                journal.append(rollout)
-            found = {(rollout.task_id, rollout.index): rollout for rollout in journal.records}
-        if len(found) < size * len(chosen):
+                yield rollout
+
+        rollouts = completed(path, EpisodeRollout, list(wanted), key=lambda rollout: (rollout.task_id, rollout.index), make=play)
+        if len(rollouts) < len(wanted):
             assert preemption.requested(), "fewer episodes ended than were begun"
             return None
-        groups = [[found[task.task_id, index] for index in range(size)] for task in chosen]
-        write_jsonl(path, [rollout for group in groups for rollout in group])
-        journal.path.unlink()
-        return groups
+        return [rollouts[start : start + size] for start in range(0, len(rollouts), size)]
 
     def _play(self, step: int, wanted: Sequence[tuple[Trajectory, int]]) -> Iterator[EpisodeRollout]:
         """Every (task, sample index) as an episode, in the order in which they end."""

@@ -2,7 +2,7 @@
 
 import functools
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -12,7 +12,7 @@ from pivotrl.batching import Item, pack
 from pivotrl.config import AlgorithmConfig, Config, LossLevel
 from pivotrl.diagnostics import rollout_statistics
 from pivotrl.local_rollouts import Sampler, seed_of
-from pivotrl.records import Journal, read_jsonl, write_jsonl
+from pivotrl.records import completed, read_jsonl
 from pivotrl.refresh import Refresher
 from pivotrl.types import Completion, Group, LocalRollout, Pivot
 
@@ -135,12 +135,8 @@ def sample_groups(sampler: Sampler, pivots: Sequence[Pivot], path: Path, *, grou
     None when the process was asked to leave before all were there. A journal beside `path` holds the finished groups, so that
     sampling goes on behind them, however it ended.
     """
-    journal_path = path.with_suffix(".journal.jsonl")
-    if path.exists():
-        journal_path.unlink(missing_ok=True)
-        return read_jsonl(path, Group)
-    with Journal(journal_path, Group) as journal:
-        done = {group.candidate_id for group in journal.records}
+
+    def sample(done: set[str]) -> Iterator[Group]:
         candidates = [pivot.candidate for pivot in pivots if pivot.candidate.id not in done]
         prompts = [sampler.prompt(candidate) for candidate in candidates]
         for index, rollouts, _ in sampler.collect(candidates, prompts, num_samples=group_size, seed=seed):
@@ -148,22 +144,18 @@ def sample_groups(sampler: Sampler, pivots: Sequence[Pivot], path: Path, *, grou
             if preemption.requested() and any(rollout.verdict.status != "ok" for rollout in rollouts):
                 continue  # the signal may have reached the verifier first
             candidate = candidates[index]
-            journal.append(
-                Group(
-                    candidate_id=candidate.id,
-                    trajectory_id=candidate.trajectory_id,
-                    expert_calls=len(candidate.expert.tool_calls),
-                    prompt=prompts[index],
-                    rollouts=tuple(rollouts),
-                )
+            yield Group(
+                candidate_id=candidate.id,
+                trajectory_id=candidate.trajectory_id,
+                expert_calls=len(candidate.expert.tool_calls),
+                prompt=prompts[index],
+                rollouts=tuple(rollouts),
             )
-        by_id = {group.candidate_id: group for group in journal.records}
-    if len(by_id) < len(pivots):
+
+    groups = completed(path, Group, [pivot.candidate.id for pivot in pivots], key=lambda group: group.candidate_id, make=sample)
+    if len(groups) < len(pivots):
         assert preemption.requested(), "the sampler gave fewer groups than it was asked for"
         return None
-    groups = [by_id[pivot.candidate.id] for pivot in pivots]
-    write_jsonl(path, groups)
-    journal_path.unlink()
     return groups
 
 

@@ -4,7 +4,7 @@ A candidate's samples depend on the seed and the candidate alone, so shards (pro
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pivotrl import preemption, watchdog
@@ -12,12 +12,10 @@ from pivotrl.advantage import moments
 from pivotrl.config import Config
 from pivotrl.local_rollouts import Sampler, seed_of
 from pivotrl.metrics import progress
-from pivotrl.records import Journal, read_jsonl, write_jsonl
+from pivotrl.records import completed, read_jsonl, write_jsonl
 from pivotrl.run_folder import RunFolder
 from pivotrl.types import Candidate, LocalRollout, Profile, Sample, Verdict
 from pivotrl.verifiers.strict import StrictVerifier
-
-JOURNAL = "profiles.journal.jsonl"
 
 
 class CountedProfile(Profile):
@@ -145,13 +143,13 @@ def profile(config: Config, sampler: Sampler) -> dict[str, float]:
 def profile_candidates(
     candidates: Sequence[Candidate], sampler: Sampler, *, folder: Path, strict: StrictVerifier, num_samples: int, seed: int
 ) -> list[CountedProfile]:
-    """Profile with the policy in the sampler's engines into `folder`/profiles.jsonl; resumes behind the last finished candidate.
+    """Profile with the policy in the engines into `folder`/profiles.jsonl, or read it; resumes behind the last finished candidate.
 
     Raises:
         Preempted: asked to leave before all were profiled; the finished ones are in a journal.
     """
-    with Journal(folder / JOURNAL, CountedProfile) as journal:
-        done = {record.candidate_id for record in journal.records}
+
+    def sample(done: set[str]) -> Iterator[CountedProfile]:
         todo: list[Candidate] = []
         prompts: list[tuple[int, ...]] = []
         for candidate in candidates:
@@ -160,7 +158,7 @@ def profile_candidates(
             watchdog.beat("profiling: rendering")
             prompt = sampler.prompt(candidate)
             if len(prompt) > sampler.rollout.max_prompt_tokens:
-                journal.append(CountedProfile(candidate_id=candidate.id, prompt_tokens=len(prompt), excluded="over_long"))
+                yield CountedProfile(candidate_id=candidate.id, prompt_tokens=len(prompt), excluded="over_long")
             else:
                 todo.append(candidate)
                 prompts.append(prompt)
@@ -170,13 +168,12 @@ def profile_candidates(
             if preemption.requested() and any(r.verdict.status != "ok" for r in rollouts):
                 continue  # the signal may have reached the verifier first
             verdicts = strict.verify(todo[index], actions)
-            journal.append(summarise(todo[index].id, rollouts, verdicts, len(prompts[index])))
-        by_id = {record.candidate_id: record for record in journal.records}
-        if len(by_id) < len(candidates):
-            preemption.check(f"{len(by_id)} of {len(candidates)} candidates are profiled")
-    profiles = [by_id[candidate.id] for candidate in candidates]
-    write_jsonl(folder / "profiles.jsonl", profiles)
-    journal.path.unlink()
+            yield summarise(todo[index].id, rollouts, verdicts, len(prompts[index]))
+
+    ids = [candidate.id for candidate in candidates]
+    profiles = completed(folder / "profiles.jsonl", CountedProfile, ids, key=lambda record: record.candidate_id, make=sample)
+    if len(profiles) < len(candidates):
+        preemption.check(f"{len(profiles)} of {len(candidates)} candidates are profiled")
     return profiles
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,29 @@ class Journal[R: Record]:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def completed[R: Record, K: Hashable](
+    path: Path, kind: type[R], keys: Sequence[K], *, key: Callable[[R], K], make: Callable[[set[K]], Iterable[R]]
+) -> list[R]:
+    """The records of `keys`, in their order: read from `path` where it is there, else made, and written to it when all are.
+
+    `make(done)` yields the records of the other keys, in any order. A journal beside `path` keeps every one of them, so that the next
+    call goes on behind them, however this one ends. Fewer than `keys` are returned where `make` stopped early.
+    """
+    journal_path = path.with_suffix(".journal.jsonl")
+    if path.exists():
+        journal_path.unlink(missing_ok=True)
+        return read_jsonl(path, kind)
+    with Journal(journal_path, kind) as journal:
+        for record in make({key(record) for record in journal.records}):
+            journal.append(record)
+        found = {key(record): record for record in journal.records}
+    records = [found[wanted] for wanted in keys if wanted in found]
+    if len(records) == len(keys):
+        write_jsonl(path, records)
+        journal_path.unlink()
+    return records
 
 
 def file_digest(path: Path) -> str:

@@ -85,19 +85,14 @@ class Refresher:
         candidates, folder = profiling.read_candidates(self.config), self._step_folder(step)
         sentence = f"reward deviation {found.last:.3g} is under profile.refresh_fraction of {found.first:.3g}"
         print(f"step {step + 1}: {sentence}: profiling {len(candidates)} candidates anew", flush=True)
-        path = folder / "profiles.jsonl"
-        if path.exists():  # killed behind profiling
-            (folder / profiling.JOURNAL).unlink(missing_ok=True)
-            profiles = read_jsonl(path, profiling.CountedProfile)
-        else:
-            profiles = profiling.profile_candidates(
-                candidates,
-                self.sampler,
-                folder=folder,
-                strict=StrictVerifier(self.config.domain),
-                num_samples=self.config.profile.num_samples,
-                seed=seed_of(self.config.seed, "refresh", step),
-            )
+        profiles = profiling.profile_candidates(
+            candidates,
+            self.sampler,
+            folder=folder,
+            strict=StrictVerifier(self.config.domain),
+            num_samples=self.config.profile.num_samples,
+            seed=seed_of(self.config.seed, "refresh", step),
+        )
         pivots, counts = selection.pivots_of(candidates, profiles, self.config.profile, seed=self.config.seed)
         write_jsonl(folder / "pivots.jsonl", pivots)
         outcome = "" if pivots else "; no pivots are left, training goes on with the old ones"

@@ -3,7 +3,7 @@ import json
 import msgspec
 import pytest
 
-from pivotrl.records import Journal, file_digest, read_jsonl, write_bytes, write_json, write_jsonl
+from pivotrl.records import Journal, completed, file_digest, read_jsonl, write_bytes, write_json, write_jsonl
 from pivotrl.types import Action, Message, Profile, Sample, ToolCall
 
 PROFILES = [Profile(candidate_id=f"c{i}", mean=i / 4, samples=(Sample(text="ü\n\u2028", reward=1.0, reason="ok"),)) for i in range(3)]
@@ -60,6 +60,34 @@ def test_journal_goes_on_where_it_was_killed(tmp_path):
         journal.append(PROFILES[2])
         assert journal.records == PROFILES
     assert read_jsonl(path, Profile) == PROFILES
+
+
+def test_records_are_made_once_however_often_it_is_stopped(tmp_path):
+    path, made = tmp_path / "profiles.jsonl", []
+
+    def some(done):
+        for name in ("c", "b", "a"):  # in another order than asked for
+            if name not in done:
+                made.append(name)
+                yield Profile(candidate_id=name)
+                if name == "b":
+                    return
+
+    def ask(make):
+        return [profile.candidate_id for profile in completed(path, Profile, ["a", "b", "c"], key=lambda p: p.candidate_id, make=make)]
+
+    assert ask(some) == ["b", "c"] and not path.exists(), "asked to leave: what is there, nothing written"
+    assert ask(some) == ["a", "b", "c"] and made == ["c", "b", "a"]
+    assert ask(lambda done: pytest.fail("all are there")) == ["a", "b", "c"] and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_journal_left_beside_the_finished_file_goes(tmp_path):
+    """Killed between the two."""
+    path = tmp_path / "profiles.jsonl"
+    write_jsonl(path, [Profile(candidate_id="a")])
+    path.with_suffix(".journal.jsonl").write_bytes(b"torn")
+    assert [p.candidate_id for p in completed(path, Profile, ["a"], key=lambda p: p.candidate_id, make=lambda done: [])] == ["a"]
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

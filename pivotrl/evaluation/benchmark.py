@@ -13,7 +13,7 @@ from pivotrl.evaluation import skills
 from pivotrl.local_rollouts import Sampler, seed_of
 from pivotrl.metrics import progress
 from pivotrl.profiling import choose
-from pivotrl.records import Journal, read_jsonl, write_json, write_jsonl
+from pivotrl.records import completed, read_jsonl, write_json
 from pivotrl.rollout.client import SampleRequest
 from pivotrl.types import Candidate, Episode, Trajectory
 
@@ -68,18 +68,15 @@ def task_success(config: Config, sampler: Sampler, path: Path) -> dict[str, Any]
 
     Episodes whose environment crashed are no failures of the policy: they are left out, and counted among `episode_ends`.
     """
-    if not path.exists():
-        trajectories = [t for t in read_jsonl(Path(config.candidates_path) / "trajectories.jsonl", Trajectory) if t.split == "heldout"]
-        trajectories = trajectories[: config.evaluation.max_tasks]
-        with Journal(path.with_suffix(".journal.jsonl"), Episode) as journal:
-            done = {episode.task_id for episode in journal.records}
-            for episode in run_episodes(config, sampler, [t for t in trajectories if t.task_id not in done]):
-                journal.append(episode)
-        preemption.check(f"{len(journal.records)} of {len(trajectories)} episodes are over")
-        order = {trajectory.task_id: i for i, trajectory in enumerate(trajectories)}
-        write_jsonl(path, sorted(journal.records, key=lambda episode: order[episode.task_id]))
-        journal.path.unlink()
-    found = read_jsonl(path, Episode)
+    trajectories = [t for t in read_jsonl(Path(config.candidates_path) / "trajectories.jsonl", Trajectory) if t.split == "heldout"]
+    trajectories = trajectories[: config.evaluation.max_tasks]
+
+    def play(done: set[str]) -> Iterator[Episode]:
+        return run_episodes(config, sampler, [t for t in trajectories if t.task_id not in done])
+
+    found = completed(path, Episode, [t.task_id for t in trajectories], key=lambda episode: episode.task_id, make=play)
+    if len(found) < len(trajectories):
+        preemption.check(f"{len(found)} of {len(trajectories)} episodes are over")
     judged = [episode for episode in found if episode.end != "error"]
     ends = [episode.end for episode in found]
     return {
