@@ -23,7 +23,7 @@ from pivotrl.megatron.hf_folder import HfFolder, HfWriter
 from pivotrl.megatron.model import DTYPES
 from pivotrl.megatron.torch_dist import CheckpointReader, RankPlan, Shard, check_cover, plan_rank, write_checkpoint
 from pivotrl.metrics import peak_rss_bytes, progress
-from pivotrl.plan.layout import processes_multiple
+from pivotrl.plan.layout import model_faults, processes_multiple, world_faults
 from pivotrl.records import write_json
 
 
@@ -208,25 +208,11 @@ def _dtype(wanted: Dtype | None, found: set[torch.dtype], source: Path) -> str:
 
 def check_layout(model: ModelConfig, layout: ParallelConfig) -> None:
     """Raises ValueError with every part of the model that the layout cannot divide."""
-    stages = layout.pipeline * (layout.virtual_pipeline or 1)
-    rules = [
-        ("num_attention_heads", model.num_attention_heads, "tensor", layout.tensor),
-        ("num_query_groups", model.num_query_groups, "tensor", layout.tensor),
-        ("vocab_size", model.vocab_size, "tensor", layout.tensor),
-        ("num_layers", model.num_layers, "pipeline x virtual_pipeline", stages),
-    ]
-    if model.num_experts:
-        rules += [
-            ("num_experts", model.num_experts, "expert", layout.expert),
-            ("moe_ffn_hidden_size", model.moe_ffn_hidden_size, "expert_tensor", layout.expert_tensor),
-        ]
-    else:
-        rules.append(("ffn_hidden_size", model.ffn_hidden_size, "tensor", layout.tensor))
-    faults = [f"parallel.{axis}={parts} does not divide {what}={size}" for what, size, axis, parts in rules if size % parts]
-    if layout.virtual_pipeline and layout.pipeline < 2:
-        faults.append("parallel.virtual_pipeline needs parallel.pipeline > 1")
-    if not model.num_experts and layout.expert * layout.expert_tensor > 1:
-        faults.append("a dense model has no experts: parallel.expert and parallel.expert_tensor must be 1")
+    faults = world_faults(layout, processes_multiple(layout)) or model_faults(model, layout)
+    if not model.num_experts and layout.expert_tensor > 1:
+        faults.append(
+            f"parallel.expert_tensor={layout.expert_tensor} cuts experts, and a dense model has none; set parallel.expert_tensor=1"
+        )
     hf_mapping.refuse_faults(f"the layout does not fit model {model.name!r}", faults)
 
 

@@ -64,10 +64,11 @@ def faults(config: Config, world_size: int) -> list[str]:
     found = world_faults(config.parallel, world_size)
     if any("sizes start at 1" in fault for fault in found):
         return found
-    return found + _model_faults(config.model, config.parallel) + setting_faults(config) + _fp8_faults(config)
+    return found + model_faults(config.model, config.parallel) + setting_faults(config) + _fp8_faults(config)
 
 
-def _model_faults(model: ModelConfig, parallel: ParallelConfig) -> list[str]:
+def model_faults(model: ModelConfig, parallel: ParallelConfig) -> list[str]:
+    """Why the layout cannot divide the model, on however many processes; one sentence each, with the fix."""
     divided = [  # (what, size, by which field, parts)
         ("model.num_attention_heads", model.num_attention_heads, "tensor", parallel.tensor),
         ("model.num_query_groups", model.num_query_groups, "tensor", parallel.tensor),

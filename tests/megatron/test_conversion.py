@@ -180,7 +180,7 @@ def test_existing_target_is_kept_until_a_good_one_is_there(folders, tmp_path):
     with pytest.raises(ValueError, match="exists: give another folder, or --overwrite"):
         convert("megatron", folders["dense"], target, WEIGHTS)
     again = dataclasses.replace(WEIGHTS, overwrite=True)
-    with pytest.raises(ValueError, match="does not divide"):
+    with pytest.raises(ValueError, match="is not a multiple of parallel.tensor=3"):
         convert("megatron", folders["dense"], target, dataclasses.replace(again, layout=ParallelConfig(tensor=3)))
     assert (target / "precious").exists()
     convert("megatron", folders["dense"], target, again)
@@ -222,11 +222,13 @@ def test_dtypes_that_leave_a_choice_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("model", "layout", "messages"),
     [
-        (MOE, ParallelConfig(tensor=8), ["parallel.tensor=8 does not divide num_query_groups=4"]),
-        (MOE, ParallelConfig(tensor=3, expert=3), ["parallel.tensor=3 does not divide vocab_size=256", "num_experts=8"]),
-        (MOE, ParallelConfig(pipeline=2, virtual_pipeline=4), ["pipeline x virtual_pipeline=8 does not divide num_layers=4"]),
-        (MOE, ParallelConfig(virtual_pipeline=2), ["parallel.virtual_pipeline needs parallel.pipeline > 1"]),
-        (DENSE, ParallelConfig(expert=2), ["a dense model has no experts"]),
+        (MOE, ParallelConfig(tensor=8), ["num_query_groups=4 is not a multiple of parallel.tensor=8"]),
+        (MOE, ParallelConfig(tensor=3, expert=3), ["vocab_size=256 is not a multiple of parallel.tensor=3", "num_experts=8"]),
+        (MOE, ParallelConfig(pipeline=2, virtual_pipeline=4), ["2 layers a rank, not a multiple of parallel.virtual_pipeline=4"]),
+        (MOE, ParallelConfig(virtual_pipeline=2), ["parallel.virtual_pipeline=2 interleaves pipeline stages"]),
+        (MOE, ParallelConfig(tensor=0), ["parallel.tensor=0: sizes start at 1"]),
+        (DENSE, ParallelConfig(expert=2), ["has none; set parallel.expert=1"]),
+        (DENSE, ParallelConfig(expert_tensor=2), ["a dense model has none; set parallel.expert_tensor=1"]),
     ],
 )
 def test_illegal_layouts_are_refused(model, layout, messages):
