@@ -174,6 +174,7 @@ def profile_candidates(
     profiles = completed(folder / "profiles.jsonl", CountedProfile, ids, key=lambda record: record.candidate_id, make=sample)
     if len(profiles) < len(candidates):
         preemption.check(f"{len(profiles)} of {len(candidates)} candidates are profiled")
+        raise AssertionError("the sampler gave fewer profiles than it was asked for")
     return profiles
 
 
