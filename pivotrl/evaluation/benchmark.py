@@ -75,7 +75,7 @@ def task_success(config: Config, sampler: Sampler, path: Path) -> dict[str, Any]
         return run_episodes(config, sampler, [t for t in trajectories if t.task_id not in done])
 
     found = completed(path, Episode, [t.task_id for t in trajectories], key=lambda episode: episode.task_id, make=play)
-    if len(found) < len(trajectories):  # or another evaluation.max_tasks, of which the finished file knows nothing
+    if len(found) < len(trajectories):
         preemption.check(f"{len(found)} of {len(trajectories)} episodes are over")
     judged = [episode for episode in found if episode.end != "error"]
     ends = [episode.end for episode in found]
